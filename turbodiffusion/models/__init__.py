@@ -1,0 +1,1 @@
+"""Networks: the Wan transformer, the video VAE, the text and image encoders."""

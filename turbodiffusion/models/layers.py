@@ -1,0 +1,50 @@
+"""Layers of the Wan transformer.  Every step that must run in fp32 says so here."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis: statistics in fp32, output in x's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Affine LayerNorm whose weights may be kept in fp32 beside bf16 activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without weights over the last axis; PyTorch accumulates in fp32 whatever x's dtype."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normalize(x) * (1 + scale) + shift, in fp32.  x (B, L, E); shift, scale (B, 1 or L, E) fp32 -> fp32."""
+    return torch.addcmul(shift, normalize(x).float(), 1 + scale)
+
+
+def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer applied in fp32, whatever dtype its weights are stored in."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of positions (...) at width / 2 frequencies, 1 to 1/10000 -> (..., width) fp32."""
+    half = width // 2
+    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
+    angles = positions.double().unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
