@@ -2,10 +2,10 @@
 
     python -m tools.select_sprites src=PATH/emoji dst=assets/sprites
 
-The source folder holds `index.json` (a list with file, hexcode, label, subgroup), `LICENSE` and the clips: animated
-RGBA webp, 96x96, 24 frames of 125 ms.  Chosen clips are copied byte for byte, so the same source gives the same folder.
-The cast was chosen by eye for distinct silhouettes and colours, and by measure for sprites whose own animation
-neither travels nor swells much: their motion must not be mistaken for the clip's.
+The source folder holds `index.json` (a list with file, hexcode, label, subgroup), `LICENSE` and the clips:
+animated RGBA webp, 96x96, 24 frames of 125 ms.  Chosen clips are copied byte for byte, so the same source
+gives the same folder.  The cast was chosen by eye for distinct silhouettes and colours, and by measure for
+sprites whose own animation neither travels nor swells much: it must not be mistaken for the clip's motion.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def select(src: Path, dst: Path) -> list[dict[str, str | bool]]:
     source = {entry["hexcode"]: entry for entry in json.loads((src / "index.json").read_text())}
     missing = [name for name, code in (SEEN | HELD_OUT).items() if code not in source]
     if missing:
-        raise UserError(f"{src}/index.json lacks the sprites of {', '.join(missing)}; use the full collection")
+        raise UserError(f"{src}/index.json lacks {', '.join(missing)}; use the full collection")
     dst.mkdir(parents=True, exist_ok=True)
     index = []
     for name, code in (SEEN | HELD_OUT).items():

@@ -1,0 +1,42 @@
+"""Power-function averages of weights (arXiv:2312.02696, equation 127; reference: rCM's PowerEMA)."""
+
+from copy import deepcopy
+from functools import cache
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@cache
+def power(width: float) -> float:
+    """The exponent whose averaging kernel has a standard deviation of `width` times the training so far.
+
+    Largest real root of g^3 + 7 g^2 + (16 - w^-2) g + (12 - w^-2); width 0.1 gives 6.9372.
+    """
+    inverse = width**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return float(roots[np.isreal(roots)].real.max())
+
+
+def decay(updates: int, width: float) -> float:
+    """Share of the old average kept at update 0, 1, 2 ...: (1 - 1 / (k + 1))^(power + 1), 0 at the first."""
+    return (1 - 1 / (updates + 1)) ** (power(width) + 1)
+
+
+class PowerEMA:
+    """An averaged copy of a module, for sampling and shipping; fp32 like the weights it follows.
+
+    The kernel's width grows with training, so a short run and a long one need no different setting.
+    """
+
+    def __init__(self, module: nn.Module, width: float):
+        self.module = deepcopy(module).requires_grad_(False).eval()
+        self.width = width
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, updates: int) -> None:
+        """Move towards the module's weights; `updates` counts the earlier calls."""
+        keep = decay(updates, self.width)
+        ours, theirs = list(self.module.parameters()), list(module.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - keep)

@@ -1,0 +1,77 @@
+"""What a run says while it trains: a JSONL file and a progress line."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class Log:
+    """Running means on the device, written every `every` steps; the device is waited for only then."""
+
+    def __init__(self, path: Path, every: int, device: torch.device):
+        self.path, self.every, self.device = path, every, device
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal or self.console.is_dumb_terminal,
+        )
+        self.task = self.progress.add_task("train", total=1.0, line="", step=0)
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.samples, self.since = 0, time.perf_counter()
+
+    def __enter__(self) -> "Log":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line to the console, above the progress."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Include the mean of values in the next line; no wait for the device."""
+        mean = values.detach().float().mean()
+        self.sums[name] = self.sums.get(name, 0.0) + mean
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def step(self, step: int, progress: float, samples: int, rate: float) -> None:
+        """Close a step; every so often write means, speed and memory."""
+        self.samples += samples
+        if step % self.every:
+            return
+        values = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        now = time.perf_counter()
+        values |= {"lr": rate, "samples_per_s": self.samples / (now - self.since)}
+        if self.device.type not in ("cpu", "mps"):  # these keep no count
+            device_module = torch.get_device_module(self.device)
+            values["memory_gib"] = device_module.max_memory_allocated(self.device) / 2**30
+        self.record(step, values)
+        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.progress.update(self.task, completed=progress, step=step, line=line)
+        if self.progress.disable:
+            self.say(f"step {step}  {progress:.1%}  {line}")
+        self.sums, self.counts, self.samples, self.since = {}, {}, 0, now
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was done since the last line: a checkpoint, a preview."""
+        self.samples, self.since = 0, time.perf_counter()
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to the file."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

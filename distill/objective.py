@@ -1,0 +1,78 @@
+"""The seams of training: what is learned (Objective), from what (Data), and what comes out (Outcome)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from turbodiffusion.variants import Sampling
+
+Batch = TypeVar("Batch")
+BatchIn = TypeVar("BatchIn", contravariant=True)
+BatchOut = TypeVar("BatchOut", covariant=True)
+
+
+def seed_of(purpose: str, *numbers: int) -> int:
+    """A generator's seed for one purpose of a run; 32 bits, all that PyTorch's CPU generator reads."""
+    return crc32(",".join([purpose, *map(str, numbers)]).encode())
+
+
+class Objective(Protocol[BatchIn]):
+    """A training algorithm: it knows diffusion, and no optimiser, file or rank."""
+
+    networks: dict[str, nn.Module]  # by role; these hold the fp32 weights that train
+
+    def turn(self, step: int) -> str:
+        """The role whose optimiser moves at this step."""
+        ...
+
+    def losses(self, batch: BatchIn, step: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Named losses, one number a sample (B,), each to be differentiated before the next is asked for."""
+        ...
+
+
+class Data(Protocol[BatchOut]):
+    """An endless, seeded stream of batches that can be entered anywhere."""
+
+    def batch(self, number: int) -> BatchOut:
+        """Batch `number` of the stream: the same one whenever it is asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Product:
+    """One file of a run's result: a module and what travels with it."""
+
+    name: str  # of the file, without suffix
+    module: nn.Module
+    variant: str | None = None
+    sampling: Sampling | None = None
+    history: list[dict[str, object]] = field(default_factory=list)  # of what it was made from
+
+
+class Outcome(Protocol):
+    """What a run shows and ships; `networks` are the averaged (EMA) weights by role."""
+
+    def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        """Numbers that say how good the networks are."""
+        ...
+
+    def preview(self, networks: dict[str, nn.Module]) -> Tensor:
+        """Clips to look at: (rows, columns, 3, F, H, W) in [-1, 1]."""
+        ...
+
+    def products(self, networks: dict[str, nn.Module]) -> list[Product]:
+        """The checkpoints to write."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer needs."""
+
+    objective: Objective
+    data: Data
+    outcome: Outcome

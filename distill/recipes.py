@@ -1,0 +1,108 @@
+"""What an experiment trains, put together: objective, data and outcome on one device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from distill.autoencoding import Autoencoder, AutoencoderOutcome, Autoencoding
+from distill.data import EncodedClips, RenderedClips
+from distill.flow_matching import FlowMatching, TextToVelocity
+from distill.objective import Parts
+from distill.precision import Compute
+from distill.videos import Videos
+from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.small_world.sprites import load_sprites
+from turbodiffusion.variants import variant
+
+HELD_OUT = "held_out_combinations"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and in which precision to compute; the weights that train are fp32 everywhere."""
+
+    device: torch.device
+    dtype: torch.dtype
+    is_compiled: bool
+
+    @classmethod
+    def named(cls, device: str, *, precision: str, compile: bool) -> "Hardware":
+        """From the words of a config; device "auto" is the accelerator, or else the CPU."""
+        if precision not in PRECISIONS:
+            raise UserError(f"precision={precision}: choose {' or '.join(PRECISIONS)}")
+        if device == "auto":
+            found = torch.accelerator.current_accelerator(check_available=True)
+            return cls(found or torch.device("cpu"), PRECISIONS[precision], compile)
+        try:
+            chosen = torch.device(device)
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device={device} is not to be had here: {error}") from error
+        return cls(chosen, PRECISIONS[precision], compile)
+
+    def compute(self, module: nn.Module, keep_fp32: Callable[[str], bool], units: list[nn.Module]) -> Compute:
+        """The module in this precision, its units compiled one by one."""
+        for unit in units if self.is_compiled else []:
+            unit.compile()
+        return Compute(module, self.dtype, keep_fp32)
+
+
+def autoencoder(
+    hardware: Hardware,
+    *,
+    vae: VideoVAE,
+    objective: Callable[..., Autoencoding],
+    data: Callable[..., RenderedClips],
+    measured: int,
+    file: str,
+) -> Parts:
+    """Train a VAE from scratch on clips rendered as they are needed; `measured` held-out clips judge it."""
+    module = Autoencoder(vae).to(hardware.device)
+    compute = hardware.compute(module, lambda name: False, [vae.encoder, vae.decoder])
+    sprites = load_sprites().to(hardware.device)
+    train, held_out = (data(sprites=sprites, split=split) for split in ("train", HELD_OUT))
+    batches = max(1, measured // train.count)
+    return Parts(objective(module, compute), train, AutoencoderOutcome(held_out, train, batches, file))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Checkpoints to continue from; None: from scratch."""
+
+    network: str | None = None
+    text_encoder: str | None = None
+
+
+def text_to_video(
+    hardware: Hardware,
+    *,
+    student: TextToVelocity,
+    start: Start,
+    objective: Callable[..., FlowMatching],
+    data: EncodedClips,
+    vae: str,
+    file: str,
+) -> Parts:
+    """Train a network, and a text encoder with it, on clips encoded once by the VAE in file `vae`."""
+    device, history = hardware.device, []
+    if start.network is not None:
+        loaded = load_network(start.network, device=device, dtype=torch.float32)
+        student.network.load_state_dict(loaded.network.state_dict())
+        history = list(loaded.report.metadata.history)
+    if start.text_encoder is not None:
+        text_encoder = load_text_encoder(start.text_encoder, device=device, dtype=torch.float32)
+        student.text_encoder.load_state_dict(text_encoder.state_dict())
+    student.to(device)
+    coder = load_vae(vae, device=device, dtype=hardware.dtype)
+    train, held_out = data.load(coder, student.text_encoder)
+    compute = hardware.compute(student, student.is_fp32, student.network.shard_units())
+    flow_matching = objective(student, compute)
+    files = {"network": file} | ({} if student.is_text_frozen else {"text_encoder": "text_tiny"})
+    return Parts(
+        flow_matching, train, Videos(flow_matching, held_out, coder, variant("wan_tiny"), files, history)
+    )

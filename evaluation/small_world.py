@@ -1,0 +1,136 @@
+"""What a small-world model generates, judged by the oracle on prompts that training never saw.
+
+    python -m evaluation.small_world count=512                 text to video, held-out combinations
+    python -m evaluation.small_world count=128 image=true      from the first frame and the caption
+
+These figures are about the small world and nothing else.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from evaluation.oracle import Oracle, Reading
+from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
+from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
+from turbodiffusion.pipelines.schedule import choose_sampler
+from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.small_world.captions import Prompt, held_out_prompts
+from turbodiffusion.small_world.clips import draw_scenes, render
+from turbodiffusion.small_world.sprites import Sprites, load_sprites
+
+ATTRIBUTES = ("subject", "motion", "background")
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    ckpt: str = "assets/wan_tiny.safetensors"
+    vae: str = "assets/vae_tiny.safetensors"
+    text_encoder: str = "assets/text_tiny.safetensors"
+    count: int = 512
+    split: str = "held_out_combinations"
+    image: bool = False
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str = "auto"
+    batch: int = 32
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str = "bfloat16"
+    sheet: str | None = None  # a PNG of the first clips
+
+
+def load_pipeline(options: Options) -> Pipeline:
+    """The models named on the command line, with their sampling defaults overridden by it."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    loaded = load_network(options.ckpt, device=device, dtype=dtype)
+    models = Models(
+        network=loaded.network,
+        vae=load_vae(options.vae, device=device, dtype=dtype),
+        text_encoder=load_text_encoder(options.text_encoder, device=device, dtype=dtype),
+    )
+    sampling = choose_sampler(loaded.sampling, options.sampler, "i2v" if options.image else "t2v")
+    given = {
+        name: getattr(options, name) for name in ("steps", "guidance") if getattr(options, name) is not None
+    }
+    return Pipeline(models, replace(sampling, **given), device=device)
+
+
+def first_frames(prompts: list[Prompt], sprites: Sprites, seed: int) -> Tensor:
+    """First frames (B, 3, 128, 128) of rendered clips that show what the prompts say."""
+    scenes = draw_scenes(len(prompts), torch.Generator().manual_seed(seed))
+    for name in ATTRIBUTES:
+        setattr(scenes, name, torch.tensor([getattr(prompt, name) for prompt in prompts]))
+    return render(scenes, sprites)[:, :, 0]
+
+
+def generate(
+    pipeline: Pipeline, prompts: list[Prompt], sprites: Sprites, options: Options
+) -> Iterator[Tensor]:
+    """Batches of clips (B, 3, 33, 128, 128), sample j with seed + j."""
+    sampling = pipeline.sampling
+    size = Size(*map(int, sampling.size.split("x")))
+    for start in track(range(0, len(prompts), options.batch), "generating"):
+        part = prompts[start : start + options.batch]
+        seeds = [options.seed + start + i for i in range(len(part))]
+        image = first_frames(part, sprites, options.seed + start) if options.image else None
+        clip = Clip(prompts=[p.text for p in part], size=size, frames=sampling.frames, image=image)
+        yield pipeline(clip, seeds).frames
+
+
+def accuracy(prompts: list[Prompt], readings: list[Reading]) -> dict[str, float]:
+    """Share of clips read as the prompt says, for each attribute and for all three at once."""
+    hits = {
+        name: [getattr(p, name) == getattr(r, name) for p, r in zip(prompts, readings, strict=True)]
+        for name in ATTRIBUTES
+    }
+    hits["all three"] = [all(row) for row in zip(*hits.values(), strict=True)]
+    return {name: sum(row) / len(row) for name, row in hits.items()}
+
+
+def contact_sheet(clips: Tensor, path: Path, columns: int = 9) -> None:
+    """Write a PNG with one clip a row, `columns` of its frames."""
+    index = torch.linspace(0, clips.shape[2] - 1, columns).round().long()
+    pixels = ((clips[:, :, index].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    b, c, f, h, w = pixels.shape
+    Image.fromarray(pixels.permute(0, 3, 2, 4, 1).reshape(b * h, f * w, c).numpy()).save(path)
+
+
+def main() -> None:
+    """Generate, read, print."""
+    options = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(sys.argv[1:]))
+    )
+    pipeline = load_pipeline(options)
+    sprites = load_sprites().to(options.device)
+    oracle, prompts = Oracle(sprites), held_out_prompts(options.count, options.split)
+    readings: list[Reading] = []
+    for i, clips in enumerate(generate(pipeline, prompts, sprites, options)):
+        if i == 0 and options.sheet is not None:
+            contact_sheet(clips[:12], Path(options.sheet))
+        readings += oracle.read(clips)
+    sampling = pipeline.sampling
+    table = Table(
+        title=f"{options.ckpt}: {options.count} prompts, {options.split}, image={options.image}, "
+        f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"
+    )
+    table.add_column("attribute")
+    table.add_column("accuracy", justify="right")
+    for name, value in accuracy(prompts, readings).items():
+        table.add_row(name, f"{100 * value:.1f} %")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

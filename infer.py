@@ -1,0 +1,31 @@
+"""Generate videos from text and images.
+
+python infer.py prompt="an octopus drifts left across a teal background"
+python infer.py ckpt=wan2.1_t2v_1.3b.safetensors prompt="..." size=480p seed=1 out=clip.mp4
+
+Every option, with its meaning, is a line of configs/infer.yaml.
+"""
+
+from omegaconf import DictConfig
+
+from turbodiffusion.cli import entry_point
+
+TEXT = (
+    *("ckpt", "ckpt_low", "variant", "vae", "text_encoder", "tokenizer", "image_encoder"),
+    *("prompt", "prompt_file", "negative_prompt", "image", "last_image", "out"),
+    *("size", "aspect", "sampler", "dtype", "device", "offload", "tiling"),
+)
+
+
+@entry_point("infer", free_text=TEXT)
+def main(cfg: DictConfig) -> None:
+    """Read the options, then generate."""
+    # imported here: a wrong option, and Ctrl-C while torch loads, are answered at once
+    from turbodiffusion.pipelines.command import generate
+    from turbodiffusion.pipelines.options import read
+
+    generate(read(cfg))
+
+
+if __name__ == "__main__":
+    main()

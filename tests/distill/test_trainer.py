@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.trainer import Plan, Trainer
+from turbodiffusion.errors import UserError
+
+Make = Callable[..., Trainer]
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    """Everything that training changes: weights, averages, moments."""
+    networks = [*trainer.networks.values(), *(average.module for average in trainer.averages.values())]
+    moments = [
+        value
+        for optimizer in trainer.state.optimizers.values()
+        for state in optimizer.state.values()
+        for value in state.values()
+    ]
+    return [p.detach().clone() for network in networks for p in network.parameters()] + moments
+
+
+def stop_after(trainer: Trainer, steps: int, then: Callable[[], None]) -> None:
+    """Have `then` called by the data of the step after that many."""
+    batch = trainer.data.batch
+
+    class Stopping:
+        def batch(self, number: int) -> Tensor:
+            if trainer.state.step == steps:
+                then()
+            return batch(number)
+
+    trainer.data = Stopping()
+
+
+def gradients(trainer: Trainer, steps: int) -> list[Tensor]:
+    """What the optimiser is given in that many steps."""
+    seen = []
+    (optimizer,) = trainer.state.optimizers.values()
+    optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: seen.extend(
+            p.grad.clone() for group in optimizer.param_groups for p in group["params"]
+        )
+    )
+    for _ in range(steps):
+        trainer.update()
+    return seen
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(toy: Make):
+    large = gradients(toy("large", rows=16, noise=0.0, max_grad_norm=1e9), 3)
+    small = gradients(toy("small", rows=4, accumulate=4, noise=0.0, max_grad_norm=1e9), 3)
+    for ours, theirs in zip(small, large, strict=True):
+        # the same fp32 sums in another order
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_training_finds_the_line(toy: Make):
+    trainer = toy(steps=300)
+    trainer.fit()
+    # noise of 0.1 on 512 rows leaves 0.005 a weight; the rate ends at zero, and so does the jitter of steps
+    torch.testing.assert_close(trainer.networks["line"].weight, torch.ones(4, 1), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["toy", "flow"])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kind: str, request: pytest.FixtureRequest):
+    make: Make = request.getfixturevalue(kind)
+    whole = make("whole", accumulate=2)
+    whole.fit()
+    broken = make("broken", accumulate=2, save_every=5)
+    stop_after(broken, 7, _die)
+    with pytest.raises(RuntimeError, match="killed"):
+        broken.fit()
+    resumed = make("broken", accumulate=2, save_every=5)
+    assert resumed.state.step == 5
+    resumed.fit()
+    for ours, theirs in zip(weights(resumed), weights(whole), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _die() -> None:
+    raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_the_run_goes_on_from_there(toy: Make, number: int):
+    before = signal.getsignal(number)
+    stopped = toy()
+    stop_after(stopped, 4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    assert signal.getsignal(number) is before
+    resumed = toy()
+    assert resumed.state.step == 5
+    for ours, theirs in zip(weights(resumed), weights(stopped), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_gradients_are_clipped_to_the_limit(toy: Make):
+    (gradient,) = gradients(toy(max_grad_norm=1e-3), 1)
+    # PyTorch adds 1e-6 to the norm it divides by, which is about 4 here
+    assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_small_gradients_are_left_alone(toy: Make):
+    clipped, free = toy("a", max_grad_norm=1e6), toy("b", max_grad_norm=float("inf"))
+    for trainer in (clipped, free):
+        trainer.update()
+    for ours, theirs in zip(weights(clipped), weights(free), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_bad_gradient_stops_before_the_step_and_names_it(toy: Make):
+    trainer = toy(poison_at=3)
+    for _ in range(3):
+        trainer.update()
+    before = weights(trainer)
+    with pytest.raises(UserError, match=r"norm of line is (inf|nan) at step 3"):
+        trainer.update()
+    for ours, theirs in zip(weights(trainer), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_bad_gradient_leaves_the_last_good_checkpoint(toy: Make):
+    with pytest.raises(UserError):
+        toy(poison_at=7, save_every=3).fit()
+    resumed = toy()
+    assert resumed.state.step == 6
+    assert all(value.isfinite().all() for value in weights(resumed))
+
+
+def test_flow_matching_run_lowers_the_loss(flow: Make):
+    trainer = flow("flow", steps=30)
+    trainer.fit()
+    lines = [json.loads(line) for line in trainer.log.path.read_text().splitlines()]
+    losses = [line["loss/velocity"] for line in lines if "loss/velocity" in line]
+    assert len(losses) == 30
+    # random latents and noise give 2 at the start; the mean of ten steps varies by a few per cent
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_run_ends_by_time_with_its_rate_annealed(toy: Make):
+    trainer = toy(steps=10**9, max_minutes=0.01)
+    trainer.fit()
+    lines = [json.loads(line) for line in trainer.log.path.read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert trainer.plan.progress(trainer.state) >= 1
+    # steps last well under a hundredth of the 0.6 s: the cosine's last hundredth is below 1e-3 of the rate
+    assert rates[-1] < 0.02 * max(rates)
+
+
+def test_more_steps_continue_a_finished_run(toy: Make):
+    toy(steps=4).fit()
+    longer = toy(steps=6)
+    assert longer.state.step == 4
+    longer.fit()
+    assert longer.state.step == 6
+
+
+def test_averages_are_what_the_outcome_sees(toy: Make):
+    trainer = toy()
+    trainer.fit()
+    (shown,) = trainer.outcome.shown
+    assert torch.equal(shown["weight"], trainer.averages["line"].module.weight)
+    assert not torch.equal(shown["weight"], trainer.networks["line"].weight)
+
+
+def test_previews_and_log_are_written(toy: Make):
+    trainer = toy(preview_every=6)
+    trainer.fit()
+    names = sorted(path.name for path in (trainer.folder / "previews").iterdir())
+    assert names == [f"step-00000{n}.{kind}" for n in ("06", "12") for kind in ("png", "webp")]
+    lines = [json.loads(line) for line in trainer.log.path.read_text().splitlines()]
+    assert {"step", "loss/square", "grad_norm/line", "lr", "samples_per_s"} <= lines[0].keys()
+    assert [line["step"] for line in lines if "size" in line] == [6, 12]
+
+
+def test_impossible_plan_is_refused():
+    with pytest.raises(UserError, match="accumulate=0"):
+        Plan(steps=1, accumulate=0)

@@ -1,0 +1,131 @@
+"""Time of one dense forward of a model at real size, random weights (time does not depend on them).
+
+    python -m tools.bench.forward variant=wan2.1_t2v_1.3b size=832x480
+
+A correctness gate comes first: on a small clip the timed dtype must agree with fp32 on the same weights.
+Included: everything WanModel.forward does.  Excluded: text encoder, VAE, sampler, weight loading.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from tools.options import parse
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.wan import WanModel
+from turbodiffusion.variants import Variant, variant
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    variant: str = "wan2.1_t2v_1.3b"
+    size: str = "832x480"
+    frames: int = 81
+    repeats: int = 10
+    device: str = "cuda"
+    compile: bool = False
+
+
+def randomize(module: nn.Module, device: torch.device, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Give a module built on the meta device random weights of plausible sizes; norms stay near one."""
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        is_scale = parameter.ndim == 1 and leaf in ("weight", "gamma") or leaf == "gamma"
+        spread = 0.02 if parameter.ndim < 2 or is_scale else parameter[0].numel() ** -0.5
+        value = torch.randn(parameter.shape, device=device, dtype=dtype_of(name)).mul_(spread)
+        value = nn.Parameter(value + 1 if is_scale else value, requires_grad=False)
+        module.get_submodule(owner).register_parameter(leaf, value)
+
+
+def random_network(row: Variant, device: torch.device, dtype: torch.dtype) -> WanModel:
+    """The variant with random weights in every layer (a fresh model's head is zero), norms in fp32."""
+    with torch.device("meta"):
+        network = WanModel(**row.network)
+    randomize(network, device, lambda name: torch.float32 if WanModel.is_fp32(name) else dtype)
+    return network
+
+
+def network_inputs(
+    row: Variant, size: tuple[int, int, int], device: torch.device
+) -> dict[str, Tensor | None]:
+    """Random inputs at a latent size (T, H, W), batch 1."""
+    network = {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "clip_tokens": 0, **row.network}
+    extra = network["in_channels"] - network["out_channels"]
+    return {
+        "x": torch.randn(1, network["out_channels"], *size, device=device),
+        "timesteps": torch.full((1,), 700.0, device=device),
+        "context": torch.randn(1, 512, network["text_dim"], device=device),
+        "condition": torch.randn(1, extra, *size, device=device) if extra else None,
+        "clip": torch.randn(1, network["clip_tokens"], 1280, device=device)
+        if network["clip_tokens"]
+        else None,
+    }
+
+
+@torch.no_grad()
+def gate(network: WanModel, row: Variant, device: torch.device) -> float:
+    """Relative error of the network as it is against fp32 arithmetic on the same weights, one block of it."""
+    blocks = network.blocks
+    network.blocks = blocks[:2]
+    inputs = network_inputs(row, (3, 12, 16), device)
+    got = network(**inputs).double()
+    kept = {name: p.dtype for name, p in network.named_parameters()}
+    network.float()
+    wanted = network(**inputs).double()
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(kept[name])
+    network.blocks = blocks
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+@torch.no_grad()
+def time_forward(network: WanModel, inputs: dict[str, Tensor | None], repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` forwards after two of warm-up, by CUDA events."""
+    times = []
+    for i in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        network(**inputs)
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(start.elapsed_time(end))
+    return times
+
+
+def main() -> None:
+    """Gate, time, print."""
+    options = parse(Options, sys.argv[1:])
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        raise UserError(f"device={options.device} has no CUDA events to time with; use a CUDA device")
+    row = variant(options.variant)
+    network = random_network(row, device, torch.bfloat16)
+    error = gate(network, row, device)
+    if not error < 3e-2:  # bf16 rounds at 0.4 %, a few dozen times in two blocks
+        raise SystemExit(f"the bf16 forward differs from fp32 by {error:.3f}: not timed")
+    if options.compile:
+        for block in network.shard_units():
+            block.compile()
+    factor = 16 if row.vae == "wan2.2" else 8
+    width, height = (int(side) // factor for side in options.size.split("x"))
+    inputs = network_inputs(row, ((options.frames - 1) // 4 + 1, height, width), device)
+    times = time_forward(network, inputs, options.repeats)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    Console().print(
+        f"{row.name} {options.size} {options.frames} frames, bf16, dense, compile={options.compile}: "
+        f"median {statistics.median(times):.1f} ms, min {min(times):.1f}, max {max(times):.1f}, n={len(times)}, "
+        f"peak {peak:.1f} GiB, gate error {error:.4f}, "
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Convert a checkpoint of any supported format.
+
+    python -m tools.convert src=FILE_OR_FOLDER dst=FILE_OR_FOLDER [format=ours|wan|diffusers|turbodiffusion]
+                            [dtype=bfloat16|float16|float32] [variant=NAME] [overwrite=true]
+
+Tensors pass one at a time, so 14B needs no more memory than its largest tensor; a .pth needs one copy.
+dst without a suffix is a folder, written in shards.  Without dtype= numbers stay as stored, INT8 becomes
+bfloat16.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from tools.options import MISSING, parse
+from turbodiffusion.checkpoints.detect import open_checkpoint
+from turbodiffusion.checkpoints.export import check_destination, prepare, write
+from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.cli import one_sentence
+from turbodiffusion.errors import UserError
+
+Format = Enum("Format", ["ours", "wan", "diffusers", "turbodiffusion"])
+Dtype = Enum("Dtype", ["bfloat16", "float16", "float32"])
+Kind = Enum("Kind", ["network", "vae", "text_encoder", "image_encoder"])
+
+
+@dataclass
+class Options:
+    """kind: the part of a whole diffusers pipeline; ema: a training checkpoint's average, not its weights."""
+
+    src: str = MISSING
+    dst: str = MISSING
+    format: Format = Format.ours
+    dtype: Dtype | None = None
+    variant: str | None = None
+    kind: Kind = Kind.network
+    ema: bool = True
+    shard_gb: float = 10.0
+    overwrite: bool = False
+
+
+def convert(options: Options) -> str:
+    """Do it, and say in a line what was done."""
+    dst = Path(options.dst).expanduser()
+    if dst.exists() and not options.overwrite:
+        raise UserError(f"{dst} exists; pass overwrite=true to replace it, or another dst=")
+    checkpoint = open_checkpoint(
+        options.src, kind=options.kind.name, variant=options.variant, ema=options.ema
+    )
+    report = checkpoint.report
+    check_destination(report.kind, dst, options.format.name)
+    export = prepare(checkpoint, options.dtype and getattr(torch, options.dtype.name))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("tensors", total=len(export.entries))
+        entries = {name: _counted(e, lambda: progress.advance(task)) for name, e in export.entries.items()}
+        write(replace(export, entries=entries), dst, options.format.name, int(options.shard_gb * 1e9))
+    size = sum(entry.nbytes for entry in export.entries.values()) / 1e9
+    line = f"{report.path} ({report.format}) -> {dst} ({options.format.name})"
+    line += f": {len(entries)} tensors, {size:.3f} GB"
+    if report.sampling and report.sampling.student and dst.suffix == ".pth":
+        line += "; a .pth can not say that it is a student's: keep TurboWan or rcm in its name"
+    return line
+
+
+def _counted(entry: Entry, tick: Callable[[], None]) -> Entry:
+    def load() -> Tensor:
+        tick()
+        return entry.load()
+
+    return replace(entry, load=load)
+
+
+def main() -> None:
+    """Entry point."""
+    with one_sentence():
+        print(convert(parse(Options, sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Say what a checkpoint is and why: python -m tools.inspect ckpt=FILE_OR_FOLDER [variant=NAME] [kind=vae]."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.options import MISSING, parse
+from turbodiffusion.checkpoints import Report, detect
+from turbodiffusion.cli import one_sentence
+
+Kind = Enum("Kind", ["network", "vae", "text_encoder", "image_encoder"])
+
+
+@dataclass
+class Options:
+    """kind: the part of a whole diffusers pipeline."""
+
+    ckpt: str = MISSING
+    variant: str | None = None
+    kind: Kind = Kind.network
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report: what, tensors by type, and why."""
+    what = Table("", "", title=str(report.path), show_header=False)
+    for name, value in _summary(report).items():
+        what.add_row(name, value)
+    types = Table("dtype", "tensors", "GB", title="as stored")
+    for dtype, (count, size) in sorted(report.dtypes.items(), key=lambda row: -row[1][1]):
+        types.add_row(str(dtype).removeprefix("torch."), str(count), f"{size / 1e9:.3f}")
+    for table in (what, types):
+        console.print(table)
+    console.print("why:")
+    for reason in report.reasons:
+        console.print(f"- {reason}", markup=False, highlight=False)
+
+
+def _summary(report: Report) -> dict[str, str]:
+    tensors = sum(count for count, _ in report.dtypes.values())
+    rows = {
+        "kind": report.kind.replace("_", " "),
+        "format": f"{report.format} ({report.layout})",
+        "tensors": f"{tensors}, {sum(size for _, size in report.dtypes.values()) / 1e9:.3f} GB",
+    }
+    if report.kind == "network":
+        rows |= {
+            "variant": report.variant
+            or f"unknown: {' or '.join(report.candidates) or 'none of these sizes'}",
+            "expert": report.expert or "-",
+            "INT8": "yes" if report.quantised else "no",
+            "SLA": "yes" if report.sla else "no",
+        }
+    if report.config:
+        rows["sizes"] = ", ".join(f"{name} {value}" for name, value in report.config.items())
+    if report.sampling:
+        shown = {k: v for k, v in asdict(report.sampling).items() if k != "negative_prompt" and v is not None}
+        rows["sampling"] = ", ".join(f"{name} {value}" for name, value in shown.items())
+    for number, deed in enumerate(report.metadata.history if report.metadata else (), 1):
+        rows[f"history {number}"] = json.dumps(deed, ensure_ascii=False)
+    return rows
+
+
+def main() -> None:
+    """Entry point."""
+    with one_sentence():
+        options = parse(Options, sys.argv[1:])
+        show(detect(options.ckpt, kind=options.kind.name, variant=options.variant), Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A network's sizes from its tensors' shapes; the variant from them, from metadata or the file's name."""
+
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from turbodiffusion.checkpoints.report import Report
+from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.wan import CLIP_TOKENS, WanModel
+from turbodiffusion.variants import Sampling, Variant, variants
+from turbodiffusion.variants import variant as named_variant
+
+HEAD_WIDTH = 128  # of every published Wan network
+_ARGUMENTS = {name: p.default for name, p in inspect.signature(WanModel).parameters.items() if name != "core"}
+_DEFAULTS = {name: default for name, default in _ARGUMENTS.items() if isinstance(default, int)}
+
+
+def network_config(
+    report: Report, entries: dict[str, Entry], folder_config: dict[str, object], reasons: list[str]
+) -> dict[str, int]:
+    """WanModel's arguments.  What shapes can not tell: metadata, config.json or the variant of that size."""
+    if report.metadata:
+        if differing := report.metadata.config.keys() ^ _ARGUMENTS.keys():
+            raise UserError(f"{report.path} carries metadata with other sizes than WanModel's: {differing}")
+        reasons.append("sizes: from our metadata")
+        return dict(report.metadata.config)
+    seen = _sizes(report.path, entries)
+    reasons.append("sizes, from shapes: " + ", ".join(f"{name} {size}" for name, size in seen.items()))
+    fitting = [variant for variant in variants().values() if _fits(variant, seen)]
+    known = _network(fitting[0]) if fitting else {}
+    heads = folder_config.get("num_heads", folder_config.get("num_attention_heads")) or known.get("heads")
+    length = folder_config.get("text_len") or known.get("text_length") or _DEFAULTS["text_length"]
+    if heads is None:
+        if seen["dim"] % HEAD_WIDTH:
+            raise UserError(
+                f"{report.path} does not say its number of heads: width {seen['dim']} is no multiple of 128"
+            )
+        heads = seen["dim"] // HEAD_WIDTH
+    reasons.append(f"heads {heads} and text length {length}: from config.json, the variant, or Wan's usual")
+    return {**seen, "heads": heads, "text_length": length}
+
+
+def choose_variant(report: Report, asked: str | None, reasons: list[str]) -> Report:
+    """The report with candidates, variant, expert, sampling: asked for, stated, the only one or guessed."""
+    assert report.config
+    fitting = tuple(variant.name for variant in variants().values() if _fits(variant, report.config))
+    reasons.append(f"variants of these sizes: {', '.join(fitting) or 'none'}")
+    name = asked or (report.metadata and report.metadata.variant)
+    if name:
+        reasons.append(f"variant: {name}, " + ("as asked" if asked else "from our metadata"))
+        _check_asked(report, named_variant(name), fitting)
+    elif len(fitting) == 1:
+        name = fitting[0]
+    elif guess := _named_in(report.path, fitting):
+        name = guess
+        reasons.append(f"variant: {name}, a guess from the file's name; variant= overrides it")
+    elif fitting:
+        reasons.append(
+            "variant: keys and shapes can not tell these apart and the name does not say; pass variant="
+        )
+    report = replace(report, candidates=fitting, variant=name)
+    return _sampling(report, variants()[name], reasons) if name else report
+
+
+def _sampling(report: Report, variant: Variant, reasons: list[str]) -> Report:
+    expert = _expert(report.path) if variant.experts else None
+    if variant.experts:
+        said = f"{expert} noise, from the name" if expert else "the name does not say"
+        reasons.append(f"expert: keys can not tell high from low noise; {said}")
+    if report.metadata and report.metadata.sampling:
+        reasons.append(f"sampling: from our metadata ({report.metadata.sampling.sampler})")
+        return replace(report, expert=expert, sampling=report.metadata.sampling)
+    if any(re.search(r"turbowan|(^|[^a-z])rcm([^a-z]|$)", part.lower()) for part in _parts(report.path)[:2]):
+        reasons.append("student: a guess from the name; keys can not tell teacher from student")
+        return replace(report, expert=expert, sampling=_student_sampling(variant))
+    reasons.append(
+        "teacher: assumed; keys can not tell teacher from student and the name does not say student"
+    )
+    return replace(report, expert=expert, sampling=variant.sampling)
+
+
+def _student_sampling(variant: Variant) -> Sampling:
+    # the published students start at these noise levels
+    return variant.sampling.as_student(80.0 if "t2v" in variant.tasks else 200.0)
+
+
+def _check_asked(report: Report, variant: Variant, fitting: tuple[str, ...]) -> None:
+    """A network of unknown size may take any variant whose inputs and outputs it shares."""
+    if variant.name in fitting:
+        return
+    wanted, got = _network(variant), report.config
+    assert got
+    interface = ("in_channels", "out_channels", "clip_tokens", "text_dim")
+    compared = list(got) if fitting else list(interface)
+    if differing := [
+        f"{name} {got[name]} (wanted {wanted[name]})" for name in compared if got[name] != wanted[name]
+    ]:
+        hint = f"; its sizes are those of {' or '.join(fitting)}" if fitting else ""
+        raise UserError(f"{report.path} is no {variant.name}: {', '.join(differing)}{hint}")
+
+
+def _network(variant: Variant) -> dict[str, int]:
+    return _DEFAULTS | variant.network
+
+
+def _fits(variant: Variant, sizes: dict[str, int]) -> bool:
+    network = _network(variant)
+    return all(network[name] == size for name, size in sizes.items())
+
+
+def _sizes(path: Path, entries: dict[str, Entry]) -> dict[str, int]:
+    """The sizes that shapes tell."""
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        if name not in entries or len(entries[name].shape) != axes:
+            raise UserError(
+                f"{path} looks like a Wan network but its {name} is missing or not {axes}-D; it is incomplete"
+            )
+        return entries[name].shape
+
+    dim, in_channels = shape("patch_embedding.weight", 5)[:2]
+    blocks = {int(match[1]) for name in entries if (match := re.match(r"blocks\.(\d+)\.", name))}
+    clip_tokens = CLIP_TOKENS if "img_emb.proj.0.weight" in entries else 0
+    if "img_emb.emb_pos" in entries:
+        clip_tokens = shape("img_emb.emb_pos", 3)[1]
+    return {
+        "dim": dim,
+        "ffn_dim": shape("blocks.0.ffn.0.weight")[0],
+        "layers": 1 + max(blocks),
+        "in_channels": in_channels,
+        "out_channels": shape("head.head.weight")[0] // 4,
+        "text_dim": shape("text_embedding.0.weight")[1],
+        "freq_dim": shape("time_embedding.0.weight")[1],
+        "clip_tokens": clip_tokens,
+    }
+
+
+def _parts(path: Path) -> list[str]:
+    """The path's names, the innermost first; no deeper than a hub's cache goes."""
+    return list(reversed(path.absolute().parts))[:5]
+
+
+def _named_in(path: Path, names: tuple[str, ...]) -> str | None:
+    for part in _parts(path):
+        text = re.sub(r"[^a-z0-9]", "", part.lower())
+        for name in names:
+            if re.sub(r"[^a-z0-9]", "", name) in text:
+                return name
+        experts = [name for name in names if variants()[name].experts]
+        if re.search(r"(high|low)noise", text) and len(experts) == 1:
+            return experts[0]
+    return None
+
+
+def _expert(path: Path) -> str | None:
+    for part in _parts(path)[:2]:
+        words = re.split(r"[^a-z0-9]+", part.lower())
+        for expert in ("high", "low"):
+            if expert in words:
+                return expert
+        # diffusers' folders
+        if words[:1] == ["transformer"]:
+            return "low" if words[1:] == ["2"] else "high"
+    return None

@@ -1,0 +1,115 @@
+"""Tensors to files: streamed, so that nothing is held twice."""
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from turbodiffusion.checkpoints.files import appearing
+from turbodiffusion.checkpoints.metadata import Metadata
+from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SAFETENSORS_DTYPES, Entry
+from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.models.wan import WanModel
+from turbodiffusion.variants import Sampling
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+STEM = "diffusion_pytorch_model"
+
+
+def save(
+    path: str | Path,
+    module: nn.Module,
+    *,
+    sampling: Sampling | None = None,
+    variant: str | None = None,
+    history: list[dict[str, object]] | None = None,
+) -> None:
+    """Write a network, VAE or encoder as one safetensors file that says how to build and to sample it.
+
+    The file appears whole or not at all, and replaces what was there.  Raises UserError if that fails.
+    """
+    metadata = Metadata(kind_of(module), module.config, variant, sampling, tuple(history or ()))
+    entries = {name: Entry.of(tensor) for name, tensor in module.state_dict().items()}
+    write_safetensors(Path(path).expanduser(), entries, metadata.header())
+
+
+def kind_of(module: nn.Module) -> str:
+    """network, vae, text_encoder or image_encoder; TypeError for any other module."""
+    if isinstance(module, WanModel):
+        return "network"
+    if isinstance(module, VideoVAE):
+        return "vae"
+    # here, since they import transformers, which takes seconds
+    from turbodiffusion.models.clip import ImageEncoder
+    from turbodiffusion.models.text import TextEncoder
+
+    if isinstance(module, TextEncoder):
+        return "text_encoder"
+    if isinstance(module, ImageEncoder):
+        return "image_encoder"
+    raise TypeError(f"{type(module).__name__} is no network, VAE or encoder")
+
+
+def write_safetensors(path: Path, entries: dict[str, Entry], header: dict[str, str]) -> None:
+    """One safetensors file, which takes no more memory than its largest tensor."""
+    # widest first: every tensor is aligned to its own width
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    described: dict[str, object] = {"__metadata__": header}
+    end = 0
+    for name in names:
+        start, end = end, end + entries[name].nbytes
+        described[name] = {
+            "dtype": _DTYPE_NAMES[entries[name].dtype],
+            "shape": entries[name].shape,
+            "data_offsets": (start, end),
+        }
+    head = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with appearing(path, 8 + len(head) + end) as part, part.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for name in names:
+            file.write(_bytes(entries[name]))
+
+
+def write_shards(folder: Path, entries: dict[str, Entry], header: dict[str, str], max_shard: int) -> None:
+    """Safetensors files of at most `max_shard` bytes (a larger tensor has its own) with their index."""
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > max_shard:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / f"{STEM}.safetensors", entries, header)
+        return
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard, header)
+        placed |= dict.fromkeys(shard, file)
+    total = sum(entry.nbytes for entry in entries.values())
+    write_json(folder / (STEM + INDEX_SUFFIX), {"metadata": {"total_size": total}, "weight_map": placed})
+
+
+def write_torch(path: Path, entries: dict[str, Entry]) -> None:
+    """A flat torch file, as rCM and TurboDiffusion release them; holds one copy of the tensors."""
+    with appearing(path, sum(entry.nbytes for entry in entries.values())) as part, part.open("wb") as file:
+        try:
+            torch.save({name: entry.load() for name, entry in entries.items()}, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """A JSON file."""
+    with appearing(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _bytes(entry: Entry) -> memoryview:
+    tensor = entry.load().detach().cpu().contiguous()
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

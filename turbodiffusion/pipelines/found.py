@@ -1,0 +1,166 @@
+"""Which checkpoint files a run uses, told from their headers, and the models in them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turbodiffusion.checkpoints import (
+    Report,
+    detect,
+    load_image_encoder,
+    load_network,
+    load_text_encoder,
+    load_vae,
+    locate,
+)
+from turbodiffusion.checkpoints.detect import open_checkpoint
+from turbodiffusion.checkpoints.encoders import sized_vae
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.tokenizers import ByteTokenizer
+from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.models.vae_tiling import TILE, decode_bytes
+from turbodiffusion.models.wan import PATCH
+from turbodiffusion.pipelines.generate import Models
+from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, denoise_bytes
+from turbodiffusion.pipelines.options import Options
+from turbodiffusion.pipelines.sizes import Size, latent_frames
+from turbodiffusion.variants import Sampling, Variant, variants
+
+SMALL_WORLD = "wan_tiny"
+# folders of two experts, high noise first: as Wan publishes them, and diffusers
+EXPERT_FOLDERS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Every file of a run, recognised but not read."""
+
+    variant: Variant
+    sampling: Sampling
+    reports: dict[str, Report]  # by the names of Models
+    tokenizer: Path | None
+
+    def empty_vae(self) -> VideoVAE:
+        """The VAE without weights, on the meta device."""
+        config, _ = sized_vae(open_checkpoint(self.reports["vae"].path, kind="vae"))
+        with torch.device("meta"):
+            return VideoVAE(**config)
+
+    def multiple(self) -> int:
+        """What width and height must divide by."""
+        return self.empty_vae().spatial_factor * PATCH[-1]
+
+
+def find(options: Options) -> Found:
+    """Locate and recognise the files; UserError names what is missing or does not belong together."""
+    high, low = _networks(options)
+    report = _detect("ckpt", high, "network", variant=options.variant)
+    variant = _variant(report, has_low=low is not None)
+    reports = {"network": report}
+    if low is not None:
+        reports["network_low"] = _detect("ckpt_low", low, "network", variant=options.variant)
+        if report.expert == "low" or reports["network_low"].expert == "high":
+            raise UserError(
+                f"{high} is the low-noise expert or {low} the high-noise one: exchange ckpt= and ckpt_low=."
+            )
+    names = {"vae": variant.vae, "text_encoder": variant.text_encoder}
+    if report.config["clip_tokens"]:
+        names["image_encoder"] = "clip_vit_h"
+    for kind, name in names.items():
+        reports[kind] = _detect(kind, locate(kind, name, high, given=getattr(options, kind)), kind)
+    tokenizer = None
+    text = reports["text_encoder"]
+    if options.tokenizer or not text.config or text.config["vocab"] != ByteTokenizer.vocab:
+        tokenizer = locate("tokenizer", "umt5_xxl", text.path, given=options.tokenizer)
+    return Found(variant, report.sampling or variant.sampling, reports, tokenizer)
+
+
+def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
+    """The models, on the device."""
+    paths = {name: report.path for name, report in found.reports.items()}
+    where = {"device": device, "dtype": dtype}
+    networks = {
+        name: load_network(paths[name], variant=found.variant.name, **where).network
+        for name in ("network", "network_low")
+        if name in paths
+    }
+    clip = {}
+    if "image_encoder" in paths:
+        clip["image_encoder"] = load_image_encoder(paths["image_encoder"], **where)
+    return Models(
+        **networks,
+        **clip,
+        vae=load_vae(paths["vae"], **where),
+        text_encoder=load_text_encoder(paths["text_encoder"], tokenizer=found.tokenizer, **where),
+    )
+
+
+def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: bool) -> tuple[Stage, ...]:
+    """Every model at work on one clip, for the memory plan."""
+    vae = found.empty_vae().to(dtype)
+    latents = (
+        vae.latent_channels,
+        latent_frames(frames),
+        size.height // vae.spatial_factor,
+        size.width // vae.spatial_factor,
+    )
+    piece = tuple(map(min, latents[2:], TILE)) if tiled else latents[2:]
+    clip = 4 * 3 * frames * size.width * size.height  # encoded, or put together from tiles
+    config = found.reports["network"].config
+    denoise = denoise_bytes(config, latents, dtype, per_token="ti2v" in found.variant.tasks)
+    work = {
+        "network": denoise,
+        "network_low": denoise,
+        "vae": clip + decode_bytes(vae, (latents[1], *piece)),
+    }
+    result = []
+    for name, report in found.reports.items():
+        weights = sum(count // kind.itemsize * dtype.itemsize for kind, (_, count) in report.dtypes.items())
+        streamed = weights
+        if name.startswith("network"):
+            # two blocks of `layers`, and what is outside the blocks, about one more
+            streamed = min(weights, 3 * weights // config["layers"])
+        activations = work.get(name, int(ENCODER_ACTIVATIONS * weights))
+        result.append(Stage(name, weights, streamed, activations))
+    return tuple(result)
+
+
+def _detect(option: str, path: Path, kind: str, *, variant: str | None = None) -> Report:
+    """What the file of an option is; UserError if it is of another kind."""
+    report = detect(path, kind=kind, variant=variant)
+    if report.kind != kind:
+        raise UserError(f"{option}={path} is a {report.kind.replace('_', ' ')}, wanted a {kind}.")
+    return report
+
+
+def _networks(options: Options) -> tuple[Path, Path | None]:
+    """The network's file, or both experts'."""
+    if options.ckpt is None:
+        if options.ckpt_low is not None:
+            raise UserError("ckpt_low= is the second of two experts: pass the first as ckpt=.")
+        return locate("network", SMALL_WORLD, Path.cwd()), None
+    high = Path(options.ckpt).expanduser()
+    if options.ckpt_low is not None:
+        return high, Path(options.ckpt_low).expanduser()
+    for first, second in EXPERT_FOLDERS:
+        if (high / first).is_dir() and (high / second).is_dir():
+            return high / first, high / second
+    return high, None
+
+
+def _variant(report: Report, *, has_low: bool) -> Variant:
+    """The variant; whether there are two experts settles what keys can not tell."""
+    name, known = report.variant, variants()
+    if name is None:
+        fitting = [candidate for candidate in report.candidates if known[candidate].experts == has_low]
+        if len(fitting) != 1:
+            choices = ", ".join(fitting or report.candidates or known)
+            raise UserError(f"{report.path} does not say which model it is: pass variant= one of {choices}.")
+        name = fitting[0]
+    variant = known[name]
+    if variant.experts and not has_low:
+        raise UserError(f"{name} has two experts: pass the low-noise one too, as ckpt_low=FILE.")
+    if has_low and not variant.experts:
+        raise UserError(f"{name} has one network: leave ckpt_low= away.")
+    return variant

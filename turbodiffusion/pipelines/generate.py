@@ -1,0 +1,269 @@
+"""The pipeline: text and pictures -> latents -> frames.  No files, no options, no printing.
+
+Shapes: B samples, T latent and F pixel frames, z latent channels, S text tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.clip import ImageEncoder
+from turbodiffusion.models.text import TextEncoder
+from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.models.vae_tiling import decode_tiled, encode_tiled
+from turbodiffusion.models.wan import CLIP_TOKENS, PATCH, WanModel
+from turbodiffusion.pipelines.conditioning import condition, known_frames
+from turbodiffusion.pipelines.offload import Offload, Residence
+from turbodiffusion.pipelines.schedule import run_sampler, sampling_times
+from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, latent_frames
+from turbodiffusion.samplers.denoiser import Denoiser
+from turbodiffusion.samplers.noise import SampleNoise
+from turbodiffusion.variants import Sampling
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What a pipeline runs.  network_low is the low-noise one of two experts."""
+
+    network: WanModel
+    vae: VideoVAE
+    text_encoder: TextEncoder
+    network_low: WanModel | None = None
+    image_encoder: ImageEncoder | None = None
+
+    @property
+    def multiple(self) -> int:
+        """What width and height must divide by."""
+        return self.vae.spatial_factor * PATCH[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What to make: B prompts, or one for all samples.  negative: None for the checkpoint's own.
+
+    Pictures are (B or 1, 3, H, W) in [-1, 1], of that size.
+    """
+
+    prompts: Sequence[str]
+    size: Size
+    frames: int
+    image: Tensor | None = None
+    last_image: Tensor | None = None
+    negative: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A Clip as the network sees it."""
+
+    shape: tuple[int, int, int, int]  # of the latents of one sample: z, T, h, w
+    context: Tensor
+    negative: Tensor | None
+    condition: Tensor | None = None
+    clip: Tensor | None = None
+    first_frame: Tensor | None = None
+
+
+@dataclass
+class Watch:
+    """Seconds spent in each stage, and the caller's progress hook."""
+
+    device: torch.device
+    on_progress: OnProgress | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
+        """Time the block, which may report how much of the total is done."""
+        start = perf_counter()
+        report = partial(self._report, name, total)
+        report(0)
+        yield report
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+        report(total)
+
+    def _report(self, name: str, total: int, done: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(name, done, total)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """frames (B, 3, F, H, W) fp32 in [-1, 1], and the seconds of each stage."""
+
+    frames: Tensor
+    seconds: dict[str, float]
+
+
+class Pipeline:
+    """Clip and seeds -> frames.  The task follows from the network and from the pictures of the Clip.
+
+    Modules may be anywhere: they come to the device as `offload` says.  tiled: the VAE works tile by tile.
+    ode: a student follows its velocity, without fresh noise.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        sampling: Sampling,
+        *,
+        device: torch.device,
+        offload: Offload = "none",
+        tiled: bool = False,
+        ode: bool = False,
+    ):
+        self.models, self.sampling, self.device = models, sampling, device
+        self.tiled, self.ode = tiled, ode
+        self.times = sampling_times(sampling)
+        self.residence = Residence(device, offload)
+        out = models.network.config["out_channels"]
+        if models.vae.latent_channels != out:
+            raise UserError(
+                f"the VAE has {models.vae.latent_channels} latent channels but the network makes {out}: pass "
+                "the vae= that belongs to it."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self, clip: Clip, seeds: Sequence[int], *, on_progress: OnProgress | None = None
+    ) -> Generated:
+        """Sample j depends on prompt j, seed j and the pictures, not on the rest of the batch."""
+        watch = Watch(self.device, on_progress)
+        try:
+            latents = self.denoise(self.encode(clip, watch), seeds, watch)
+            return Generated(self.decode(latents, watch), watch.seconds)
+        finally:
+            self.residence.release()
+
+    @torch.no_grad()
+    def encode(self, clip: Clip, watch: Watch) -> Encoded:
+        """Texts and pictures, once for any number of seeds."""
+        check_frames(clip.frames), check_size(clip.size, self.models.multiple)
+        self._check_pictures(clip)
+        with watch.stage("text"):
+            context, negative = self._texts(clip)
+        factor = self.models.vae.spatial_factor
+        shape = (
+            self.models.vae.latent_channels,
+            latent_frames(clip.frames),
+            clip.size.height // factor,
+            clip.size.width // factor,
+        )
+        if clip.image is None:
+            return Encoded(shape=shape, context=context, negative=negative, condition=self._nothing(shape))
+        with watch.stage("image"):
+            known = self._pictures(clip)
+        return Encoded(shape=shape, context=context, negative=negative, **known)
+
+    @torch.no_grad()
+    def denoise(self, encoded: Encoded, seeds: Sequence[int], watch: Watch) -> Tensor:
+        """Latents (B, z, T, h, w), one per seed."""
+        if len(encoded.context) not in (1, len(seeds)):
+            raise UserError(
+                f"got {len(encoded.context)} prompts and {len(seeds)} seeds: give one prompt, or as many."
+            )
+        noise = SampleNoise(seeds, encoded.shape, device=self.device)
+        low, sampling = self.models.network_low, self.sampling
+        denoiser = Denoiser(
+            network=partial(self._run, self.models.network),
+            network_low=None if low is None else partial(self._run, low),
+            boundary=None if low is None else sampling.boundary,
+            context=encoded.context,
+            negative=encoded.negative,
+            guidance=sampling.guidance,
+            guidance_low=sampling.guidance_low,
+            condition=encoded.condition,
+            clip=encoded.clip,
+            first_frame=encoded.first_frame,
+            timesteps=sampling.timesteps,
+        )
+        with watch.stage("denoise", len(self.times) - 1) as report:
+            return run_sampler(sampling.sampler, denoiser, noise, self.times, ode=self.ode, on_step=report)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, watch: Watch) -> Tensor:
+        """Frames (B, 3, F, H, W) fp32 in [-1, 1]."""
+        vae, done = self.models.vae, 0
+        with watch.stage("decode", 1 + (latents.shape[2] - 1) * vae.temporal_factor) as report:
+
+            def on_frames(piece: Tensor) -> None:
+                nonlocal done
+                done += piece.shape[2]
+                report(done)
+
+            self.residence.use(vae)
+            if self.tiled:
+                return decode_tiled(vae, latents)
+            return vae.decode(latents, on_frames=on_frames)
+
+    def _run(
+        self,
+        network: WanModel,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        *,
+        condition: Tensor | None,
+        clip: Tensor | None,
+    ) -> Tensor:
+        self.residence.use(network, network.shard_units())
+        return network(x, timesteps, context, condition=condition, clip=clip)
+
+    def _texts(self, clip: Clip) -> tuple[Tensor, Tensor | None]:
+        """Context (B, S, E), and the negative prompt's (1, S, E) where guidance needs it."""
+        sampling = self.sampling
+        guided = sampling.guidance != 1 or (sampling.guidance_low or 1) != 1
+        negative = sampling.negative_prompt if clip.negative is None else clip.negative
+        texts = [*clip.prompts, negative] if guided else list(clip.prompts)
+        encoder = self.models.text_encoder
+        self.residence.use(encoder)
+        # each alone: a batch is padded to its longest text, which would show in the last bits
+        context = torch.cat([encoder([text]) for text in texts])
+        return (context[:-1], context[-1:]) if guided else (context, None)
+
+    def _takes_condition(self) -> int:
+        """How many condition channels the network has beside the latents."""
+        return self.models.network.config["in_channels"] - self.models.vae.latent_channels
+
+    def _check_pictures(self, clip: Clip) -> None:
+        tokens = self.models.network.config["clip_tokens"]
+        if tokens and clip.image is None:
+            raise UserError("this network continues a picture: give it an image.")
+        if tokens and self.models.image_encoder is None:
+            raise UserError("this network needs the CLIP image encoder.")
+        if (clip.last_image is not None) != (tokens > CLIP_TOKENS):
+            raise UserError("a first-last-frame network needs two pictures, any other at most the first.")
+
+    def _nothing(self, shape: tuple[int, int, int, int]) -> Tensor | None:
+        """The condition of a network that can take pictures when there is none: all zero, mask included."""
+        channels = self._takes_condition()
+        return torch.zeros(1, channels, *shape[1:], device=self.device) if channels else None
+
+    def _pictures(self, clip: Clip) -> dict[str, Tensor]:
+        """What the network is told about the pictures, under Encoded's names."""
+        assert clip.image is not None
+        vae, first = self.models.vae, clip.image.to(self.device)
+        self.residence.use(vae)
+        if not self._takes_condition():
+            return {"first_frame": self._encode(first.unsqueeze(2))}
+        last = None if clip.last_image is None else clip.last_image.to(self.device)
+        latents = self._encode(known_frames(first, clip.frames, last))
+        known = {"condition": condition(latents, has_last=last is not None)}
+        if self.models.network.config["clip_tokens"]:
+            self.residence.use(self.models.image_encoder)
+            pictures = (first,) if last is None else (first, last)
+            known["clip"] = torch.cat([self.models.image_encoder(picture) for picture in pictures], dim=1)
+        return known
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        return encode_tiled(self.models.vae, frames) if self.tiled else self.models.vae.encode(frames)

@@ -1,0 +1,119 @@
+"""The memory plan: what a run will need, told before anything is loaded.
+
+Weights are counted from the checkpoints' headers, activations estimated from shapes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from turbodiffusion.errors import UserError
+from turbodiffusion.pipelines.offload import Offload
+
+GIB = 2**30
+# an accelerator's own: context, kernels, workspaces of the matrix libraries
+RUNTIME = GIB // 2
+# of one encoder run, over its weights
+ENCODER_ACTIVATIONS = 0.05
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One module at work: bytes of its weights, of what block mode keeps of them at once, and of the rest."""
+
+    name: str
+    weights: int
+    streamed: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peak bytes of every offload mode on the device.  free and host_free: None where nobody can tell."""
+
+    stages: tuple[Stage, ...]
+    offload: Offload
+    tiled: bool
+    free: int | None
+    host_free: int | None
+
+    def peak(self, mode: Offload) -> int:
+        """Bytes on the device at the worst moment."""
+        if mode == "none":
+            weights = {stage.name: stage.weights for stage in self.stages}
+            return sum(weights.values()) + max(stage.activations for stage in self.stages)
+        part = "weights" if mode == "stage" else "streamed"
+        return max(getattr(stage, part) + stage.activations for stage in self.stages)
+
+    def fits(self, mode: Offload) -> bool:
+        """Whether the mode's peak is free on the device, and its weights in host memory where they wait."""
+        held = sum(stage.weights for stage in self.stages) if mode != "none" else 0
+        on_device = self.free is None or self.peak(mode) <= self.free
+        return on_device and (self.host_free is None or held <= self.host_free)
+
+    def verdict(self) -> str:
+        """One sentence; UserError if the run can not fit."""
+        need = f"{readable(self.peak(self.offload))} needed with offload={self.offload}"
+        if self.free is None:
+            return f"{need}; how much is free is unknown."
+        need += f", {readable(self.free)} free"
+        if self.fits(self.offload):
+            return f"{need}: fits."
+        others = [mode for mode in get_args(Offload) if self.fits(mode)]
+        if others:
+            raise UserError(f"this does not fit: {need}; pass offload={others[0]}.")
+        tiling = "" if self.tiled else " tiling=true,"
+        raise UserError(
+            f"this does not fit: {need}, and no offload mode would do; pass{tiling} a smaller size= or fewer "
+            "frames=."
+        )
+
+
+def denoise_bytes(
+    config: dict[str, int], latents: tuple[int, int, int, int], dtype: torch.dtype, *, per_token: bool
+) -> int:
+    """Activations of one WanModel forward on latents (z, T, h, w), and the sampler's copies of these.
+
+    per_token: each token has its own time, and so its own modulation.
+    """
+    z, t, h, w = latents
+    tokens, e, dim = t * h * w // 4, dtype.itemsize, config["dim"]
+    # residual, normalised input, q, k, v and their rotated copies; two fp32 temporaries of the rotation
+    attention = 8 * e * dim + 8 * dim
+    # residual, input, their difference, and the hidden layer before and after its activation
+    feed_forward = 3 * e * dim + 2 * e * config["ffn_dim"]
+    modulation = 4 * 7 * dim if per_token else 0
+    sampler = 8 * 8 * z * t * h * w
+    return tokens * (max(attention, feed_forward) + modulation) + sampler
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of the device, or None."""
+    if device.type == "cpu":
+        return host_memory()
+    backend = torch.get_device_module(device)
+    if not hasattr(backend, "mem_get_info"):
+        return None
+    return max(0, backend.mem_get_info(device)[0] - RUNTIME)
+
+
+def readable(size: int) -> str:
+    """Bytes as GiB or, below a tenth of one, MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def host_memory() -> int | None:
+    """Bytes a process may still take on this machine (in this container); None if the system does not say."""
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, StopIteration, ValueError):
+        pass
+    return min(free, default=None)

@@ -1,0 +1,137 @@
+"""Which models are on the device now: all of them, one at a time, or one block at a time.
+
+The copy in host memory stays the master: leaving the device drops the device's copy, nothing is copied back.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from turbodiffusion.errors import UserError
+
+Offload = Literal["none", "stage", "block"]
+
+
+def check_offload(name: str) -> Offload:
+    """The name, if it is one of the three."""
+    for choice in get_args(Offload):
+        if name == choice:
+            return choice
+    raise UserError(f"offload={name} is not one of {', '.join(get_args(Offload))}.")
+
+
+class Residence:
+    """Brings models to the device when they are used.
+
+    none: each comes at its first use and stays.  stage: using one sends the others home, so that two large
+    ones (two experts, say) are never there together.  block: like stage, and a model's `shard_units` come and
+    go one by one while it runs, the next one on its way during the present one's work.
+    """
+
+    def __init__(self, device: torch.device, mode: Offload = "none"):
+        self.device, self.mode = device, mode
+        self._present: list[nn.Module] = []
+        self._leave: list[Callable[[], None]] = []
+
+    def use(self, model: nn.Module, units: Sequence[nn.Module] = ()) -> None:
+        """Make the model runnable on the device; units are its parts that block mode streams."""
+        if any(model is other for other in self._present):
+            return
+        if self.mode == "none":
+            model.to(self.device)
+        else:
+            self.release()
+            streamed = units if self.mode == "block" else ()
+            inside = {id(tensor) for unit in streamed for tensor in _tensors(unit)}
+            self._leave.append(_visit([t for t in _tensors(model) if id(t) not in inside], self.device))
+            if streamed:
+                self._leave.append(BlockStream(streamed, self.device).close)
+        self._present.append(model)
+
+    def release(self) -> None:
+        """Send home what stage and block brought."""
+        while self._leave:
+            self._leave.pop()()
+        if self.mode != "none":
+            self._present.clear()
+
+
+class BlockStream:
+    """Streams units, which run in the given order again and again, through the device.
+
+    Two units are there at most: the one that runs and the next one.  Host copies are pinned where the device
+    can copy asynchronously.
+    """
+
+    def __init__(self, units: Sequence[nn.Module], device: torch.device):
+        self.device, self.units = device, list(units)
+        self.backend = torch.get_device_module(device)
+        self.is_async = device.type != "cpu" and hasattr(self.backend, "Stream")
+        self.side = self.backend.Stream(device=device) if self.is_async else None
+        self.home = [[(t, self._pinned(t)) for t in _tensors(unit)] for unit in self.units]
+        self.arriving: tuple[int, list[Tensor]] | None = None
+        self.hooks = [
+            hook
+            for i, unit in enumerate(self.units)
+            for hook in (
+                unit.register_forward_pre_hook(lambda *_, i=i: self._enter(i)),
+                unit.register_forward_hook(lambda *_, i=i: self._leave(i)),
+            )
+        ]
+
+    def close(self) -> None:
+        """Stop streaming; every unit is in host memory again."""
+        self.arriving = None
+        for hook in self.hooks:
+            hook.remove()
+        for i in range(len(self.units)):  # one may have failed while it ran
+            self._leave(i)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        if self.is_async and not tensor.is_pinned():
+            tensor.data = tensor.data.pin_memory()  # in place of the pageable copy, not beside it
+        return tensor.data
+
+    def _fetch(self, i: int) -> tuple[int, list[Tensor]]:
+        with self.backend.stream(self.side) if self.is_async else nullcontext():
+            return i, [host.to(self.device, non_blocking=True) for _, host in self.home[i]]
+
+    def _enter(self, i: int) -> None:
+        if self.arriving is None or self.arriving[0] != i:
+            self.arriving = self._fetch(i)
+        copies = self.arriving[1]
+        if self.is_async:
+            now = self.backend.current_stream(self.device)
+            now.wait_stream(self.side)
+            for copy in copies:
+                copy.record_stream(now)  # its memory must not be reused before this unit has run
+        for (tensor, _), copy in zip(self.home[i], copies, strict=True):
+            tensor.data = copy
+        # the unit before this one may still run: without the wait three would be on the device
+        if self.is_async:
+            self.side.wait_stream(now)
+        self.arriving = self._fetch((i + 1) % len(self.units))
+
+    def _leave(self, i: int) -> None:
+        for tensor, host in self.home[i]:
+            tensor.data = host
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _visit(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
+    """Move tensors to the device; the result brings them home."""
+    home = [(tensor, tensor.data) for tensor in tensors]
+    for tensor, data in home:
+        tensor.data = data.to(device)
+
+    def leave() -> None:
+        for tensor, data in home:
+            tensor.data = data
+
+    return leave

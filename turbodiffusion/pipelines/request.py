@@ -1,0 +1,219 @@
+"""Options -> what will be made, checked before any model is loaded."""
+
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from turbodiffusion.errors import UserError
+from turbodiffusion.pipelines.options import Options
+from turbodiffusion.pipelines.prompts import Item, read_items, slug
+from turbodiffusion.pipelines.schedule import choose_sampler, sampling_times
+from turbodiffusion.pipelines.sizes import Size, adaptive_size, check_frames, check_size, parse_size
+from turbodiffusion.pipelines.video_io import read_picture
+from turbodiffusion.samplers.denoiser import experts_used
+from turbodiffusion.samplers.noise import SEEDS
+from turbodiffusion.variants import Sampling, Variant
+
+VIDEO, PICTURE = ".mp4", ".png"
+OTHER_FORMATS = {".avi", ".gif", ".jpeg", ".jpg", ".mkv", ".mov", ".webm", ".webp"}
+DEMO_PROMPT = "an octopus drifts left across a teal background"
+STRETCH = 1.1  # a picture whose shape is farther from the frame's looks distorted
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One prompt with its pictures and the files it becomes, one per seed."""
+
+    prompt: str
+    negative_prompt: str
+    size: Size
+    image: Path | None
+    last_image: Path | None
+    outputs: tuple[tuple[int, Path], ...]  # seed, file
+
+    def pictures(self) -> dict[str, Tensor]:
+        """The pictures' pixels (3, H, W) uint8, under the names of Clip."""
+        named = {"image": self.image, "last_image": self.last_image}
+        return {name: read_picture(path) for name, path in named.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a run will do."""
+
+    shots: tuple[Shot, ...]
+    frames: int
+    sampling: Sampling
+
+
+def resolve(options: Options, variant: Variant, sampling: Sampling, multiple: int) -> Request:
+    """Check all that can be checked without weights; UserError says what does not fit and what would."""
+    items = _items(options)
+    tasks = {
+        choose_task(variant, has_image=item.image is not None, has_last=item.last_image is not None)
+        for item in items
+    }
+    sampling = _sampling(options, sampling, sorted(tasks)[0])
+    frames = check_frames(sampling.frames)
+    if frames == 1 and tasks != {"t2v"}:
+        raise UserError("frames=1 makes a picture from text alone: leave image= away, or ask for 5 frames.")
+    area = parse_size(options.size or sampling.size, options.aspect)
+    outputs = _outputs(options, items, PICTURE if frames == 1 else VIDEO)
+    shots = [
+        Shot(
+            prompt=item.prompt,
+            negative_prompt=(
+                sampling.negative_prompt if item.negative_prompt is None else item.negative_prompt
+            ),
+            size=_size(item, area, multiple, adaptive=options.adaptive),
+            image=item.image,
+            last_image=item.last_image,
+            outputs=files,
+        )
+        for item, files in zip(items, outputs, strict=True)
+    ]
+    return Request(tuple(shots), frames, sampling)
+
+
+def choose_task(variant: Variant, *, has_image: bool, has_last: bool) -> str:
+    """t2v, i2v, flf2v or ti2v: what the variant does with these pictures."""
+    name, tasks = variant.name, variant.tasks
+    if has_last and "flf2v" not in tasks:
+        raise UserError(f"{name} takes no last_image=: only first-last-frame models do (wan2.1_flf2v_14b).")
+    if has_image and tasks == ("t2v",):
+        raise UserError(f"{name} makes videos from text alone: leave image= away, or take an i2v model.")
+    if not has_image and "t2v" not in tasks:
+        raise UserError(f"{name} continues a picture: pass image=FILE.")
+    if "flf2v" in tasks and not has_last:
+        raise UserError(f"{name} goes from a first to a last picture: pass last_image=FILE too.")
+    return next(task for task in tasks if (task != "t2v") == has_image)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the accelerator PyTorch sees, or the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        backend = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise UserError(f"device={name} is not a device: pass auto, cpu, cuda, cuda:1 or mps.") from error
+    count = backend.device_count() if backend.is_available() else 0
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"device={name}: PyTorch sees {count or 'none'} of that kind; pass device=cpu or auto."
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32; auto is bfloat16 except on a CPU."""
+    choices = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in choices:
+        raise UserError(f"dtype={name} is not one of auto, {', '.join(choices)}.")
+    return choices[name]
+
+
+def _items(options: Options) -> list[Item]:
+    if options.prompt is not None and options.prompt_file is not None:
+        raise UserError("prompt= and prompt_file= exclude each other: pass one of them.")
+    prompt = options.prompt
+    if prompt is None and options.ckpt is None:
+        prompt = DEMO_PROMPT
+    if options.prompt_file is not None:
+        items = read_items(Path(options.prompt_file).expanduser())
+    elif prompt is None:
+        raise UserError('pass prompt="..." or prompt_file=FILE.')
+    else:
+        items = [Item(prompt, name=slug(prompt))]
+    if any(not item.prompt.strip() for item in items):
+        raise UserError("the prompt is empty: say what the video should show.")
+    image, last = (None if p is None else Path(p).expanduser() for p in (options.image, options.last_image))
+    return [replace(i, image=i.image or image, last_image=i.last_image or last) for i in items]
+
+
+def _sampling(options: Options, defaults: Sampling, task: str) -> Sampling:
+    """The checkpoint's defaults with what the user said."""
+    sampling = choose_sampler(defaults, options.sampler, task)
+    names = ("steps", "guidance", "shift", "sigma_max", "boundary", "frames", "fps", "negative_prompt")
+    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.guidance is not None and sampling.guidance_low is not None:
+        said["guidance_low"] = options.guidance
+    sampling = replace(sampling, **said)
+    if sampling.fps <= 0:
+        raise UserError(f"fps={sampling.fps}: it must be greater than 0.")
+    if not 0 <= options.crf <= 51:
+        raise UserError(f"crf={options.crf}: it goes from 0 (lossless) to 51.")
+    times = sampling_times(sampling)
+    if defaults.boundary is None and options.boundary is not None:
+        raise UserError("boundary= is where the second expert takes over, and this model has one network.")
+    if sampling.boundary is not None and len(used := experts_used(times, sampling.boundary)) < 2:
+        never = "low" if used == ("high",) else "high"
+        warnings.warn(
+            f"{sampling.steps} steps never reach the {never}-noise expert (boundary {sampling.boundary}): "
+            "take more steps, or another boundary=.",
+            stacklevel=2,
+        )
+    return sampling
+
+
+def _size(item: Item, area: Size, multiple: int, *, adaptive: bool) -> Size:
+    """The frame's size; opens the item's pictures, so that a bad one is found now."""
+    pictures = [read_picture(path) for path in (item.image, item.last_image) if path is not None]
+    if not pictures:
+        if adaptive:
+            raise UserError("adaptive=true takes the shape of the image: pass image=FILE.")
+        return check_size(area, multiple)
+    shape = Size(pictures[0].shape[2], pictures[0].shape[1])
+    if adaptive:
+        return adaptive_size(area, shape, multiple)
+    stretch = (shape.width * area.height) / (shape.height * area.width)
+    if not 1 / STRETCH < stretch < STRETCH:
+        warnings.warn(
+            f"{item.image} is {shape} and is stretched to {area}: adaptive=true keeps its shape.",
+            stacklevel=2,
+        )
+    return check_size(area, multiple)
+
+
+def _outputs(options: Options, items: list[Item], suffix: str) -> list[tuple[tuple[int, Path], ...]]:
+    """Seeds and files of each item; makes the folder."""
+    if options.num_samples < 1:
+        raise UserError(f"num_samples={options.num_samples}: take at least one.")
+    out = Path(options.out).expanduser()
+    if out.suffix in OTHER_FORMATS or (out.suffix in (VIDEO, PICTURE) and out.suffix != suffix):
+        what = "one frame is written as" if suffix == PICTURE else "videos are written as"
+        raise UserError(f"out={out}: {what} {suffix}; pass such a file, or a folder.")
+    is_file = out.suffix == suffix
+    if is_file and options.prompt_file is not None:
+        raise UserError(f"out={out}: a prompt file makes many videos, so pass a folder.")
+    _make_folder(out.parent if is_file else out)
+    results = []
+    for item in items:
+        first = options.seed if item.seed is None else item.seed
+        seeds = range(first, first + options.num_samples)
+        if seeds[0] not in SEEDS or seeds[-1] not in SEEDS:
+            raise UserError(f"seed={first}: seeds go from 0 to {SEEDS[-1]}.")
+        stem = out.with_suffix("") if is_file else out / str(item.name)
+        is_exact = is_file and options.num_samples == 1
+        results.append(tuple((s, out if is_exact else Path(f"{stem}_seed{s}{suffix}")) for s in seeds))
+    files = [file for result in results for _, file in result]
+    if twice := {file for file in files if files.count(file) > 1}:
+        raise UserError(f"two prompts would be written to {min(twice)}: give them different names.")
+    return results
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out=: the folder {folder} can not be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"out=: the folder {folder} can not be written to.")

@@ -1,0 +1,78 @@
+"""Files of frames: H.264 and PNG out, pictures and videos in.  A file appears whole or not at all."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from turbodiffusion.checkpoints.files import appearing
+from turbodiffusion.errors import UserError
+
+_BT709 = 1  # H.273 code of primaries and transfer
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Frames (3, F, H, W) in [-1, 1] -> pixels (F, H, W, 3) uint8, rounded half up."""
+    unit = (1 + frames.detach().float().clamp(-1, 1)) / 2
+    return (255 * unit + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def write_video(path: Path, pixels: Tensor, *, fps: float, crf: int) -> None:
+    """Pixels (F, H, W, 3) uint8 -> an mp4: H.264, yuv420p, BT.709, playable while it downloads."""
+    height, width = pixels.shape[1:3]
+    options = {"movflags": "+faststart"}
+    with appearing(path) as part, av.open(str(part), "w", format="mp4", options=options) as file:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = file.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries = codec.color_trc = _BT709
+        for picture in pixels.numpy():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def read_video(path: Path) -> tuple[Tensor, float]:
+    """A video file -> pixels (F, H, W, 3) uint8 and its frames per second."""
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        frames = [
+            torch.from_numpy(frame.to_ndarray(format="rgb24", src_colorspace=frame.colorspace))
+            for frame in file.decode(stream)
+        ]
+        return torch.stack(frames), float(stream.average_rate)
+
+
+def write_picture(path: Path, pixels: Tensor) -> None:
+    """Pixels (1, H, W, 3) uint8 -> a PNG."""
+    with appearing(path) as part:
+        Image.fromarray(pixels[0].numpy()).save(part, format="PNG")
+
+
+def write_json(path: Path, record: object) -> None:
+    """The record as readable JSON."""
+    with appearing(path) as part:
+        part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture file, upright, -> pixels (3, H, W) uint8.  UserError if it is missing or no picture."""
+    if not path.is_file():
+        raise UserError(f"the image {path} does not exist.")
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can not be read as an image: {error}.") from error
+    flat = torch.frombuffer(bytearray(upright.tobytes()), dtype=torch.uint8)
+    return flat.view(upright.height, upright.width, 3).permute(2, 0, 1)

@@ -1,0 +1,33 @@
+"""Noise that depends on a sample's own seed and on nothing else."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from turbodiffusion.errors import UserError
+
+# torch's CPU generator reads 32 bits of a seed: larger ones would repeat the noise of smaller ones
+SEEDS = range(2**32)
+
+
+class SampleNoise:
+    """One CPU generator per sample, so that its noise is the same in any batch and on any device.
+
+    Raises UserError for a seed outside SEEDS.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], *, device: torch.device | str = "cpu"):
+        for seed in seeds:
+            if seed not in SEEDS:
+                raise UserError(f"seed={seed}: take a whole number from 0 to {SEEDS[-1]}")
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.shape = tuple(shape)
+        self.device = device
+
+    def draw(self) -> Tensor:
+        """N(0, 1), (B, *shape), fp32; each call continues every sample's own stream."""
+        noise = torch.empty(len(self.generators), *self.shape, dtype=torch.float32, device="cpu")
+        for sample, generator in zip(noise, self.generators, strict=True):
+            sample.normal_(generator=generator)
+        return noise.to(self.device)

@@ -1,0 +1,1 @@
+"""The small world: captioned clips of animated sprites that move over coloured backgrounds."""
