@@ -60,8 +60,8 @@ class Outcome(Protocol):
         """Numbers that say how good the networks are."""
         ...
 
-    def preview(self, networks: dict[str, nn.Module]) -> Tensor:
-        """Clips to look at: (rows, columns, 3, F, H, W) in [-1, 1]."""
+    def preview(self, networks: dict[str, nn.Module]) -> Tensor | None:
+        """Clips to look at: (rows, columns, 3, F, H, W) in [-1, 1]; None if there are none."""
         ...
 
     def products(self, networks: dict[str, nn.Module]) -> list[Product]:

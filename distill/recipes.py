@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distill.autoencoding import Autoencoder, AutoencoderOutcome, Autoencoding
+from distill.autoencoding import Autoencoder, AutoencoderOutcome, Autoencoding, initialize
+from distill.caption_reading import CaptionReading, CaptionStream, Reader, ReaderOutcome
 from distill.data import EncodedClips, RenderedClips
 from distill.flow_matching import FlowMatching, TextToVelocity
 from distill.objective import Parts
@@ -14,6 +15,7 @@ from distill.precision import Compute
 from distill.videos import Videos
 from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.small_world.sprites import load_sprites
 from turbodiffusion.variants import variant
@@ -56,18 +58,34 @@ def autoencoder(
     hardware: Hardware,
     *,
     vae: VideoVAE,
+    start: str | None,
     objective: Callable[..., Autoencoding],
     data: Callable[..., RenderedClips],
-    measured: int,
-    file: str,
+    judged: Callable[..., RenderedClips],
+    outcome: Callable[..., AutoencoderOutcome],
 ) -> Parts:
-    """Train a VAE from scratch on clips rendered as they are needed; `measured` held-out clips judge it."""
+    """Train a VAE on clips rendered as they are needed.
+
+    start is a checkpoint to continue from; None: from scratch.  judged makes the clips that are measured.
+    """
+    if start is None:
+        initialize(vae)
+    else:
+        vae.load_state_dict(load_vae(start, device="cpu", dtype=torch.float32).state_dict())
     module = Autoencoder(vae).to(hardware.device)
     compute = hardware.compute(module, lambda name: False, [vae.encoder, vae.decoder])
     sprites = load_sprites().to(hardware.device)
-    train, held_out = (data(sprites=sprites, split=split) for split in ("train", HELD_OUT))
-    batches = max(1, measured // train.count)
-    return Parts(objective(module, compute), train, AutoencoderOutcome(held_out, train, batches, file))
+    seen, held_out = (judged(sprites=sprites, split=split) for split in ("train", HELD_OUT))
+    return Parts(objective(module, compute), data(sprites=sprites, split="train"), outcome(held_out, seen))
+
+
+def caption_reader(
+    hardware: Hardware, *, text_encoder: TextEncoder, batch: int, seed: int, measured: int, file: str
+) -> Parts:
+    """Train a text encoder to read captions; `measured` of held-out combinations judge it."""
+    reader = Reader(text_encoder).to(hardware.device)
+    train, held_out = (CaptionStream(text_encoder, batch, seed, split) for split in ("train", HELD_OUT))
+    return Parts(CaptionReading(reader), train, ReaderOutcome(held_out, max(1, measured // batch), file))
 
 
 @dataclass(frozen=True)

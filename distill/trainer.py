@@ -130,7 +130,9 @@ class Trainer:
         self.log.record(self.state.step, measures)
         if measures:
             self.log.say("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
-        save_preview(self.outcome.preview(averaged), self.folder / "previews" / f"step-{self.state.step:07d}")
+        clips = self.outcome.preview(averaged)
+        if clips is not None:
+            save_preview(clips, self.folder / "previews" / f"step-{self.state.step:07d}")
         entry = {
             "trained": self.folder.name,
             "steps": self.state.step,

@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 # counted once; a change of size would orphan the checkpoints in assets/
-PARAMETERS = {"vae": 2_577_987, "network": 3_848_512, "text_encoder": 690_176}
+PARAMETERS = {"vae": 2_680_764, "network": 3_848_512, "text_encoder": 690_176}
 
 
 def composed(experiment: str, *overrides: str) -> DictConfig:
@@ -35,7 +35,8 @@ def test_experiment_composes_and_resolves(experiment: str, debug: str):
     assert cfg.name == experiment
     for node in (cfg.optim, cfg.plan):
         instantiate(node)
-    assert callable(instantiate(cfg.recipe.objective))
+    with torch.device("meta"):
+        assert callable(instantiate(cfg.recipe))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

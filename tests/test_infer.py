@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import infer
 from turbodiffusion import checkpoints
+from turbodiffusion.cli import split_texts
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
@@ -83,6 +84,23 @@ def test_the_config_the_options_and_the_free_text_agree() -> None:
     assert config == {field.name for field in fields(Options)}
     texts = {field.name for field in fields(Options) if field.type in (str, str | None)}
     assert set(infer.TEXT) == texts
+
+
+def test_free_text_is_kept_from_hydra_unless_it_chooses_a_file() -> None:
+    words = ["prompt=a, b", "vae=null", "debug=it's", "steps=3", "negative_prompt="]
+    texts, rest = split_texts(
+        words, ["prompt", "vae", "debug", "negative_prompt"], ["prompt", "vae", "steps", "negative_prompt"]
+    )
+    assert texts == {"prompt": "a, b", "vae": None, "negative_prompt": ""}
+    assert rest == [r"debug='it\'s'", "steps=3"]
+
+
+def test_help_is_the_config_with_its_comments(run: Callable) -> None:
+    outcome = run("--help")
+    assert outcome.code == 0
+    for name in (field.name for field in fields(Options)):
+        assert f"\n{name}:" in outcome.out
+    assert "# the first frame" in outcome.out
 
 
 def test_a_prompt_is_taken_as_typed(run: Callable, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def entry_point(
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a task the `main` of a script whose options are `configs/<config_name>.yaml` beside it.
 
-    free_text names the options whose value is taken literally, whatever characters it holds.  --help prints the
-    script's docstring and the config file, comments and all.
+    free_text names the options whose value is taken literally, whatever characters it holds.
+    --help prints the script's docstring and the config file, comments and all.
     Exit codes: 2 for what the user can mend, 1 for the machine (disk, memory), 130 for Ctrl-C.
     """
 

@@ -50,12 +50,12 @@ def test_divergence_is_that_of_normal_distributions(autoencoder: Autoencoder):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
-def test_constant_shift_costs_its_size_and_no_sharpness(autoencoder: Autoencoder):
+def test_constant_shift_costs_its_square_and_no_sharpness(autoencoder: Autoencoder):
     def compute(frames: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         return frames + 0.25, torch.zeros_like(noise), torch.zeros_like(noise)
 
     # rounding of x + 0.25 in fp32
-    torch.testing.assert_close(loss_of(autoencoder, compute), torch.full((2,), 0.25), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss_of(autoencoder, compute), torch.full((2,), 0.25**2), rtol=1e-5, atol=0)
 
 
 def test_decoder_is_given_mean_plus_std_times_noise(autoencoder: Autoencoder):
@@ -73,7 +73,7 @@ def test_psnr_of_a_known_error():
 
 
 def test_shipped_vae_makes_latents_of_mean_zero_and_deviation_one(autoencoder: Autoencoder):
-    outcome = AutoencoderOutcome(Noise(), Noise(), batches=3, name="vae")
+    outcome = AutoencoderOutcome(Noise(), Noise(), clips=6, name="vae")
     (product,) = outcome.products({"autoencoder": autoencoder})
     vae = product.module.float()
     latents = torch.cat([vae.encode(Noise().batch(i)) for i in range(3)])

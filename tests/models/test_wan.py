@@ -10,7 +10,16 @@ from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import variants
 
-SIZES = {"dim": 48, "ffn_dim": 80, "heads": 2, "layers": 2, "text_dim": 20, "text_length": 12, "freq_dim": 32}
+# diffusers splits text from image tokens at 512, whatever the configuration
+SIZES = {
+    "dim": 48,
+    "ffn_dim": 80,
+    "heads": 2,
+    "layers": 2,
+    "text_dim": 20,
+    "text_length": 512,
+    "freq_dim": 32,
+}
 TASKS = {
     "t2v": {},
     "i2v_clip": {"in_channels": 36, "clip_tokens": 257},
@@ -70,8 +79,10 @@ def test_velocity_equals_diffusers(task: str) -> None:
     model = random_model(task)
     data, times = inputs(model), torch.tensor([987.0, 251.0])
     twin_x = data["x"] if data["condition"] is None else torch.cat((data["x"], data["condition"]), 1)
+    # diffusers takes the two images of a first-and-last-frame model as two rows of the batch
+    images = None if data["clip"] is None else data["clip"].reshape(-1, 257, 1280)
     wanted = diffusers_twin(model)(
-        twin_x, times, data["context"], encoder_hidden_states_image=data["clip"], return_dict=False
+        twin_x, times, data["context"], encoder_hidden_states_image=images, return_dict=False
     )[0]
     got = model(data["x"], times, data["context"], condition=data["condition"], clip=data["clip"])
     # fp32 rounding through two blocks; the demand is 1e-5
@@ -101,8 +112,10 @@ def test_short_text_is_padded_with_zeros_that_are_attended_to() -> None:
     model = random_model("t2v")
     data, times = inputs(model), torch.tensor([500.0, 500.0])
     short = data["context"][:, :5]
-    padded = torch.cat((short, torch.zeros(2, 7, 20)), 1)
-    torch.testing.assert_close(model(data["x"], times, short), model(data["x"], times, padded), rtol=0, atol=0)
+    padded = torch.cat((short, torch.zeros(2, 507, 20)), 1)
+    torch.testing.assert_close(
+        model(data["x"], times, short), model(data["x"], times, padded), rtol=0, atol=0
+    )
 
 
 @torch.no_grad()
@@ -134,7 +147,7 @@ def test_untrained_model_predicts_zero_and_gradients_reach_every_parameter() -> 
     [
         ({"x": torch.randn(2, 15, 3, 6, 4)}, "got 35 input channels"),
         ({"x": torch.randn(2, 16, 3, 5, 4), "condition": torch.randn(2, 20, 3, 5, 4)}, "must be even"),
-        ({"context": torch.randn(2, 13, 20)}, "at most 12 fit"),
+        ({"context": torch.randn(2, 513, 20)}, "at most 512 fit"),
         ({"clip": None}, "got 0 CLIP image tokens, wanted 257"),
     ],
 )

@@ -3,7 +3,7 @@
     python -m tools.bench.end_to_end variant=wan2.1_t2v_1.3b size=832x480 steps=50
     python -m tools.bench.end_to_end variant=wan2.1_t2v_14b size=1280x720 steps=2 offload=block
 
-Included: text encoder, denoising with classifier-free guidance, VAE decoding, and what the offload mode moves.
+Included: text encoder, denoising with classifier-free guidance, VAE decoding, moving weights.
 Excluded: making the weights, writing the file.  A short warm-up run comes first.
 """
 
@@ -42,7 +42,7 @@ class Options:
 
 
 def random_models(row: Variant, device: torch.device, home: torch.device) -> Models:
-    """The variant's network, VAE and umT5-xxl in bf16 with random weights made on the device, then sent home."""
+    """The variant's network, VAE and umT5-xxl in bf16, random weights made on the device."""
     sizes = yaml.safe_load((CONFIGS / "vae" / f"{row.vae}.yaml").read_text())
     sizes.pop("_target_")
     with torch.device("meta"):
@@ -81,8 +81,9 @@ def main() -> None:
 def show(options: Options, row: Variant, seconds: dict[str, float], peak: int) -> None:
     """Print the table of stages."""
     table = Table(
-        title=f"{row.name} {options.size}, {options.frames} frames, {options.steps} steps with guidance, bf16, "
-        f"offload={options.offload}"
+        title=f"{row.name} {options.size}, {options.frames} frames, {options.steps} guided steps, bf16, "
+        f"offload={options.offload}",
+        title_justify="left",
     )
     table.add_column("stage")
     table.add_column("seconds", justify="right")

@@ -37,7 +37,7 @@ def randomize(module: nn.Module, device: torch.device, dtype_of: Callable[[str],
     """Give a module built on the meta device random weights of plausible sizes; norms stay near one."""
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        is_scale = parameter.ndim == 1 and leaf in ("weight", "gamma") or leaf == "gamma"
+        is_scale = leaf == "gamma" or (parameter.ndim == 1 and leaf == "weight")
         spread = 0.02 if parameter.ndim < 2 or is_scale else parameter[0].numel() ** -0.5
         value = torch.randn(parameter.shape, device=device, dtype=dtype_of(name)).mul_(spread)
         value = nn.Parameter(value + 1 if is_scale else value, requires_grad=False)
@@ -121,7 +121,7 @@ def main() -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30
     Console().print(
         f"{row.name} {options.size} {options.frames} frames, bf16, dense, compile={options.compile}: "
-        f"median {statistics.median(times):.1f} ms, min {min(times):.1f}, max {max(times):.1f}, n={len(times)}, "
+        f"median {statistics.median(times):.1f} ms of {len(times)}, {min(times):.1f} to {max(times):.1f}, "
         f"peak {peak:.1f} GiB, gate error {error:.4f}, "
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     )

@@ -21,7 +21,7 @@ from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import TILE, decode_bytes
 from turbodiffusion.models.wan import PATCH
-from turbodiffusion.pipelines.generate import Models
+from turbodiffusion.pipelines.generate import Models, vae_chunk
 from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, denoise_bytes
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.sizes import Size, latent_frames
@@ -106,13 +106,14 @@ def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: 
         size.width // vae.spatial_factor,
     )
     piece = tuple(map(min, latents[2:], TILE)) if tiled else latents[2:]
+    chunk = vae_chunk(vae, (1, *latents), tiled=tiled)
     clip = 4 * 3 * frames * size.width * size.height  # encoded, or put together from tiles
     config = found.reports["network"].config
     denoise = denoise_bytes(config, latents, dtype, per_token="ti2v" in found.variant.tasks)
     work = {
         "network": denoise,
         "network_low": denoise,
-        "vae": clip + decode_bytes(vae, (latents[1], *piece)),
+        "vae": clip + decode_bytes(vae, (latents[1], *piece), chunk=chunk),
     }
     result = []
     for name, report in found.reports.items():

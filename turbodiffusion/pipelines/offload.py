@@ -60,10 +60,10 @@ class Residence:
 
 
 class BlockStream:
-    """Streams units, which run in the given order again and again, through the device.
+    """Streams units, all alike, which run in the given order again and again, through the device.
 
-    Two units are there at most: the one that runs and the next one.  Host copies are pinned where the device
-    can copy asynchronously.
+    They take turns in two places there: one holds the unit that runs, the other receives the next.  Host
+    copies are pinned where the device can copy on its own.
     """
 
     def __init__(self, units: Sequence[nn.Module], device: torch.device):
@@ -71,8 +71,11 @@ class BlockStream:
         self.backend = torch.get_device_module(device)
         self.is_async = device.type != "cpu" and hasattr(self.backend, "Stream")
         self.side = self.backend.Stream(device=device) if self.is_async else None
-        self.home = [[(t, self._pinned(t)) for t in _tensors(unit)] for unit in self.units]
-        self.arriving: tuple[int, list[Tensor]] | None = None
+        self.home = [[(tensor, self._pinned(tensor)) for tensor in _tensors(unit)] for unit in self.units]
+        # fixed places, not fresh allocations: those would grow as far as the host runs ahead of the device
+        self.places = [[torch.empty_like(host, device=device) for _, host in self.home[0]] for _ in range(2)]
+        self.turn = 0
+        self.arriving: int | None = None
         self.hooks = [
             hook
             for i, unit in enumerate(self.units)
@@ -84,36 +87,38 @@ class BlockStream:
 
     def close(self) -> None:
         """Stop streaming; every unit is in host memory again."""
-        self.arriving = None
         for hook in self.hooks:
             hook.remove()
         for i in range(len(self.units)):  # one may have failed while it ran
             self._leave(i)
+        if self.is_async:  # the last fetch may still be writing to a place that is about to be freed
+            self.backend.current_stream(self.device).wait_stream(self.side)
+        self.places.clear()
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         if self.is_async and not tensor.is_pinned():
             tensor.data = tensor.data.pin_memory()  # in place of the pageable copy, not beside it
         return tensor.data
 
-    def _fetch(self, i: int) -> tuple[int, list[Tensor]]:
+    def _fetch(self, i: int) -> None:
+        """Begin to copy unit i to the place whose turn it is not, once what ran there has finished."""
+        self.arriving = i
+        if self.is_async:
+            self.side.wait_stream(self.backend.current_stream(self.device))
         with self.backend.stream(self.side) if self.is_async else nullcontext():
-            return i, [host.to(self.device, non_blocking=True) for _, host in self.home[i]]
+            for place, (_, host) in zip(self.places[1 - self.turn], self.home[i], strict=True):
+                place.copy_(host, non_blocking=True)
 
     def _enter(self, i: int) -> None:
-        if self.arriving is None or self.arriving[0] != i:
-            self.arriving = self._fetch(i)
-        copies = self.arriving[1]
+        if self.arriving != i:
+            self._fetch(i)
+        self.turn = 1 - self.turn
+        for place, (tensor, _) in zip(self.places[self.turn], self.home[i], strict=True):
+            tensor.data = place
         if self.is_async:
-            now = self.backend.current_stream(self.device)
-            now.wait_stream(self.side)
-            for copy in copies:
-                copy.record_stream(now)  # its memory must not be reused before this unit has run
-        for (tensor, _), copy in zip(self.home[i], copies, strict=True):
-            tensor.data = copy
-        # the unit before this one may still run: without the wait three would be on the device
-        if self.is_async:
-            self.side.wait_stream(now)
-        self.arriving = self._fetch((i + 1) % len(self.units))
+            self.backend.current_stream(self.device).wait_stream(self.side)
+        # nothing of this unit is queued yet: the copy waits for the one before it, and runs beside this one
+        self._fetch((i + 1) % len(self.units))
 
     def _leave(self, i: int) -> None:
         for tensor, host in self.home[i]:
