@@ -14,7 +14,7 @@ from turbodiffusion import checkpoints
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.command import generate, make_plan
 from turbodiffusion.pipelines.found import find
-from turbodiffusion.pipelines.memory import GIB, Plan, Stage
+from turbodiffusion.pipelines.memory import GIB, Free, Plan, Stage, free_memory
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.request import resolve
 from turbodiffusion.pipelines.video_io import read_picture, read_video
@@ -148,10 +148,10 @@ def test_plan_only_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def plan_of(options: Options) -> Plan:
+def plan_of(options: Options, free: int = 10**15) -> Plan:
     found = find(options)
     request = resolve(options, found.variant, found.sampling, found.multiple())
-    return make_plan(options, found, request, torch.device("cpu"), torch.float32)
+    return make_plan(options, found, request, torch.float32, Free(free, None))
 
 
 def test_the_plan_counts_the_weights_that_are_loaded(family: Callable) -> None:
@@ -209,18 +209,22 @@ def test_the_plan_says_whether_it_fits_and_what_to_pass(free: float, offload: st
 
 def test_offloading_needs_the_weights_in_host_memory() -> None:
     assert plan(40, host=100, offload="stage").fits("stage")
-    assert not plan(40, host=60, offload="stage").fits("stage")  # 68 GiB of weights
+    with pytest.raises(UserError, match=r"host memory, of which 60\.0 GiB are free"):
+        plan(40, host=60, offload="stage").verdict()  # 68 GiB of weights
 
 
-def test_tiles_are_chosen_when_the_whole_picture_does_not_fit(
-    family: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_are_chosen_when_the_whole_picture_does_not_fit(family: Callable) -> None:
     options = family("wan_tiny").options(size="1024x1024")
     roomy = plan_of(options)
     assert not roomy.tiled
     vae = next(stage.activations for stage in roomy.stages if stage.name == "vae")
-    monkeypatch.setattr("turbodiffusion.pipelines.command.free_memory", lambda device: roomy.peak("none") - 1)
-    cramped = plan_of(options)
+    cramped = plan_of(options, roomy.peak("none") - 1)
     assert cramped.tiled
     assert next(stage.activations for stage in cramped.stages if stage.name == "vae") < vae
     assert cramped.fits("none")
+
+
+def test_this_machine_says_how_much_is_free() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert free.host is None  # the device's memory is the host's
+    assert free.device is None or 0 < free.device < 2**50

@@ -183,9 +183,8 @@ class WanModel(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for embedding in (self.text_embedding, self.time_embedding):
-            nn.init.normal_(embedding[0].weight, std=0.02)
-            nn.init.normal_(embedding[2].weight, std=0.02)
+        for layer in (self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     @staticmethod

@@ -16,7 +16,7 @@ from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, find, load, stages
 from turbodiffusion.pipelines.generate import Clip, OnProgress, Pipeline, Watch
-from turbodiffusion.pipelines.memory import Plan, free_memory, host_memory, readable
+from turbodiffusion.pipelines.memory import Free, Plan, free_memory, readable
 from turbodiffusion.pipelines.offload import check_offload
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import absolute, command, environment, fingerprint
@@ -34,7 +34,7 @@ def generate(options: Options) -> None:
         dtype = pick_dtype(options.dtype, device)
         found = find(options)
         request = resolve(options, found.variant, found.sampling, found.multiple())
-        plan = make_plan(options, found, request, device, dtype)
+        plan = make_plan(options, found, request, dtype, free_memory(device))
         _show_plan(console, plan, f"{found.variant.name}, {device}, {str(dtype).removeprefix('torch.')}")
         if options.plan_only:
             return
@@ -44,9 +44,7 @@ def generate(options: Options) -> None:
             Run(console, settled, found, request, device).all(todo)
 
 
-def make_plan(
-    options: Options, found: Found, request: Request, device: torch.device, dtype: torch.dtype
-) -> Plan:
+def make_plan(options: Options, found: Found, request: Request, dtype: torch.dtype, free: Free) -> Plan:
     """The memory plan of the largest shot; with tiling=auto the VAE works in tiles only where it must."""
     choices = {"true": (True,), "false": (False,), "auto": (False, True)}
     if options.tiling not in choices:
@@ -54,13 +52,7 @@ def make_plan(
     largest = max((shot.size for shot in request.shots), key=lambda size: size.width * size.height)
     offload = check_offload(options.offload)
     for tiled in choices[options.tiling]:
-        plan = Plan(
-            stages(found, largest, request.frames, dtype, tiled=tiled),
-            offload,
-            tiled,
-            free_memory(device),
-            None if device.type == "cpu" else host_memory(),
-        )
+        plan = Plan(stages(found, largest, request.frames, dtype, tiled=tiled), offload, tiled, *free)
         if plan.fits(offload):
             break
     return plan
@@ -115,15 +107,16 @@ class Run:
                 watch.seconds = dict(shared)
                 latents = self.pipeline.denoise(encoded, [seed], watch)
                 frames = self.pipeline.decode(latents, watch)[0]
-                self._write(shot, seed, path, to_uint8(frames), watch)
+                self._write(shot, seed, path, frames, watch)
                 self.pipeline.residence.release()
                 for name in ("denoise", "decode", "write"):
                     self.seconds[name] += watch.seconds[name]
         for name, spent in shared.items():
             self.seconds[name] += spent
 
-    def _write(self, shot: Shot, seed: int, path: Path, pixels: torch.Tensor, watch: Watch) -> None:
+    def _write(self, shot: Shot, seed: int, path: Path, frames: torch.Tensor, watch: Watch) -> None:
         with watch.stage("write"):
+            pixels = to_uint8(frames)
             if len(pixels) == 1:
                 write_picture(path, pixels)
             else:
@@ -192,8 +185,12 @@ def _unfinished(console: Console, request: Request, *, is_resumed: bool) -> list
     """The shots with the files still to make: all of them, or of a prompt file those that do not exist."""
     if not is_resumed:
         return list(request.shots)
+
+    def is_made(path: Path) -> bool:
+        return path.exists() and path.with_suffix(".json").exists()  # the JSON comes last
+
     shots = [
-        replace(shot, outputs=tuple((seed, path) for seed, path in shot.outputs if not path.exists()))
+        replace(shot, outputs=tuple((seed, path) for seed, path in shot.outputs if not is_made(path)))
         for shot in request.shots
     ]
     before, after = (sum(len(shot.outputs) for shot in part) for part in (request.shots, shots))

@@ -5,7 +5,7 @@ Weights are counted from the checkpoints' headers, activations estimated from sh
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -29,9 +29,16 @@ class Stage:
     activations: int
 
 
+class Free(NamedTuple):
+    """Free bytes; None where nobody can tell, or need not."""
+
+    device: int | None
+    host: int | None
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Peak bytes of every offload mode on the device.  free and host_free: None where nobody can tell."""
+    """Peak bytes of every offload mode on the device, and what is free there and on the host."""
 
     stages: tuple[Stage, ...]
     offload: Offload
@@ -49,9 +56,11 @@ class Plan:
 
     def fits(self, mode: Offload) -> bool:
         """Whether the mode's peak is free on the device, and its weights in host memory where they wait."""
-        held = sum(stage.weights for stage in self.stages) if mode != "none" else 0
-        on_device = self.free is None or self.peak(mode) <= self.free
-        return on_device and (self.host_free is None or held <= self.host_free)
+        return (self.free is None or self.peak(mode) <= self.free) and self._fits_host(mode)
+
+    def _fits_host(self, mode: Offload) -> bool:
+        waiting = sum(stage.weights for stage in self.stages) if mode != "none" else 0
+        return self.host_free is None or waiting <= self.host_free
 
     def verdict(self) -> str:
         """One sentence; UserError if the run can not fit."""
@@ -61,6 +70,8 @@ class Plan:
         need += f", {readable(self.free)} free"
         if self.fits(self.offload):
             return f"{need}: fits."
+        if not self._fits_host(self.offload):
+            need += f"; all weights wait in host memory, of which {readable(self.host_free or 0)} are free"
         others = [mode for mode in get_args(Offload) if self.fits(mode)]
         if others:
             raise UserError(f"this does not fit: {need}; pass offload={others[0]}.")
@@ -89,14 +100,15 @@ def denoise_bytes(
     return tokens * (max(attention, feed_forward) + modulation) + sampler
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes of the device, or None."""
+def free_memory(device: torch.device) -> Free:
+    """What is free now on the device and, where that is another memory, on the host."""
+    host = host_memory()
     if device.type == "cpu":
-        return host_memory()
+        return Free(host, None)
     backend = torch.get_device_module(device)
     if not hasattr(backend, "mem_get_info"):
-        return None
-    return max(0, backend.mem_get_info(device)[0] - RUNTIME)
+        return Free(None, host)
+    return Free(max(0, backend.mem_get_info(device)[0] - RUNTIME), host)
 
 
 def readable(size: int) -> str:
