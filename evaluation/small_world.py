@@ -8,19 +8,21 @@ These figures are about the small world and nothing else.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from evaluation.oracle import Oracle, Reading
+from evaluation.oracle import Oracle, Reading, accuracy
 from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
+from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
 from turbodiffusion.pipelines.schedule import choose_sampler
 from turbodiffusion.pipelines.sizes import Size
@@ -89,16 +91,6 @@ def generate(
         yield pipeline(clip, seeds).frames
 
 
-def accuracy(prompts: list[Prompt], readings: list[Reading]) -> dict[str, float]:
-    """Share of clips read as the prompt says, for each attribute and for all three at once."""
-    hits = {
-        name: [getattr(p, name) == getattr(r, name) for p, r in zip(prompts, readings, strict=True)]
-        for name in ATTRIBUTES
-    }
-    hits["all three"] = [all(row) for row in zip(*hits.values(), strict=True)]
-    return {name: sum(row) / len(row) for name, row in hits.items()}
-
-
 def contact_sheet(clips: Tensor, path: Path, columns: int = 9) -> None:
     """Write a PNG with one clip a row, `columns` of its frames."""
     index = torch.linspace(0, clips.shape[2] - 1, columns).round().long()
@@ -107,11 +99,8 @@ def contact_sheet(clips: Tensor, path: Path, columns: int = 9) -> None:
     Image.fromarray(pixels.permute(0, 3, 2, 4, 1).reshape(b * h, f * w, c).numpy()).save(path)
 
 
-def main() -> None:
-    """Generate, read, print."""
-    options = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(sys.argv[1:]))
-    )
+def measure(options: Options) -> Table:
+    """Generate the clips and read them."""
     pipeline = load_pipeline(options)
     sprites = load_sprites().to(options.device)
     oracle, prompts = Oracle(sprites), held_out_prompts(options.count, options.split)
@@ -127,9 +116,19 @@ def main() -> None:
     )
     table.add_column("attribute")
     table.add_column("accuracy", justify="right")
-    for name, value in accuracy(prompts, readings).items():
-        table.add_row(name, f"{100 * value:.1f} %")
-    Console(width=120).print(table)
+    truth = torch.tensor([[getattr(prompt, name) for name in ATTRIBUTES] for prompt in prompts])
+    for name, value in asdict(accuracy(readings, truth)).items():
+        table.add_row(name.replace("_", " "), f"{100 * value:.1f} %")
+    return table
+
+
+def main() -> None:
+    """Read key=value options from the command line and print the table."""
+    try:
+        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
+        Console(width=120).print(measure(Options(**options)))
+    except (UserError, OmegaConfBaseException) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

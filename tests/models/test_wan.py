@@ -1,4 +1,4 @@
-"""The Wan transformer against diffusers' `WanTransformer3DModel` with random weights, and its own properties."""
+"""The Wan transformer against diffusers' with random weights, and what else it promises."""
 
 import pytest
 import torch

@@ -162,7 +162,8 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, clip: Clip, watch: Watch) -> Encoded:
         """Texts and pictures, once for any number of seeds."""
-        check_frames(clip.frames), check_size(clip.size, self.models.multiple)
+        check_frames(clip.frames)
+        check_size(clip.size, self.models.multiple)
         self._check_pictures(clip)
         with watch.stage("text"):
             context, negative = self._texts(clip)
