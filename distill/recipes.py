@@ -22,6 +22,7 @@ from turbodiffusion.variants import variant
 
 HELD_OUT = "held_out_combinations"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,30 @@ class Hardware:
 
     device: torch.device
     dtype: torch.dtype
-    is_compiled: bool
+    compile_mode: str | None  # torch.compile's, None: eager
 
     @classmethod
-    def named(cls, device: str, *, precision: str, compile: bool) -> "Hardware":
+    def named(cls, device: str, *, precision: str, compile: bool | str) -> "Hardware":
         """From the words of a config; device "auto" is the accelerator, or else the CPU."""
+        mode = {False: None, True: "default"}.get(compile, compile)
+        if mode not in (None, *COMPILE_MODES):
+            raise UserError(f"compile={compile}: choose false, true or {', '.join(COMPILE_MODES)}")
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision}: choose {' or '.join(PRECISIONS)}")
         if device == "auto":
             found = torch.accelerator.current_accelerator(check_available=True)
-            return cls(found or torch.device("cpu"), PRECISIONS[precision], compile)
+            return cls(found or torch.device("cpu"), PRECISIONS[precision], mode)
         try:
             chosen = torch.device(device)
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={device} is not to be had here: {error}") from error
-        return cls(chosen, PRECISIONS[precision], compile)
+        return cls(chosen, PRECISIONS[precision], mode)
 
     def compute(self, module: nn.Module, keep_fp32: Callable[[str], bool], units: list[nn.Module]) -> Compute:
         """The module in this precision, its units compiled one by one."""
-        for unit in units if self.is_compiled else []:
-            unit.compile()
+        for unit in [] if self.compile_mode is None else units:
+            unit.compile(mode=self.compile_mode)
         return Compute(module, self.dtype, keep_fp32)
 
 
@@ -118,7 +122,8 @@ def text_to_video(
     student.to(device)
     coder = load_vae(vae, device=device, dtype=hardware.dtype)
     train, held_out = data.load(coder, student.text_encoder)
-    compute = hardware.compute(student, student.is_fp32, student.network.shard_units())
+    # as one graph: so small a network is bound by launching its kernels, not by running them
+    compute = hardware.compute(student, student.is_fp32, [student])
     flow_matching = objective(student, compute)
     files = {"network": file} | ({} if student.is_text_frozen else {"text_encoder": "text_tiny"})
     return Parts(

@@ -17,6 +17,8 @@ TINY = (
     "held_out=2",
     "window.frames=5",
     "window.size=32",
+    "judged_window.frames=5",
+    "judged_window.size=32",
     "preview_every=9",
     "save_every=1",
 )
@@ -33,31 +35,32 @@ def train(experiment: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-def test_three_experiments_build_on_each_other(tmp_path: Path):
-    """VAE, then teacher and text encoder on it, then image to video on both; then the same command again."""
+def test_four_experiments_build_on_each_other(tmp_path: Path):
+    """VAE and text encoder, the teacher on both, then image to video; then the same command again."""
     out, cpu = f"out={tmp_path}", torch.device("cpu")
     train("vae_tiny", out)
     vae = tmp_path / "vae_tiny" / "vae_tiny.safetensors"
     assert load_vae(vae, device=cpu, dtype=torch.float32).config["latent_mean"] != [0.0] * 16
 
-    train("teacher_tiny", out, f"recipe.vae={vae}")
+    train("text_tiny", out)
+    text_encoder = tmp_path / "text_tiny" / "text_tiny.safetensors"
+    load_text_encoder(text_encoder, device=cpu, dtype=torch.bfloat16)
+
+    given = (out, f"recipe.vae={vae}", f"recipe.start.text_encoder={text_encoder}")
+    train("teacher_tiny", *given)
     folder = tmp_path / "teacher_tiny"
     loaded = load_network(folder / "wan_tiny.safetensors", device=cpu, dtype=torch.bfloat16)
     assert (loaded.variant.name, loaded.sampling.steps) == ("wan_tiny", 50)
-    load_text_encoder(folder / "text_tiny.safetensors", device=cpu, dtype=torch.bfloat16)
     assert {path.suffix for path in (folder / "previews").iterdir()} == {".png", ".webp"}
 
-    start = (
-        f"recipe.start.network={folder / 'wan_tiny.safetensors'}",
-        f"recipe.start.text_encoder={folder / 'text_tiny.safetensors'}",
-    )
-    train("teacher_tiny_i2v", out, f"recipe.vae={vae}", *start)
+    train("teacher_tiny_i2v", *given, f"recipe.start.network={folder / 'wan_tiny.safetensors'}")
     shipped = tmp_path / "teacher_tiny_i2v" / "wan_tiny_i2v.safetensors"
     with safe_open(shipped, "pt") as file:
         history = json.loads(file.metadata()["turbodiffusion"])["history"]
     assert [entry["trained"] for entry in history] == ["teacher_tiny", "teacher_tiny_i2v"]
+    # a frozen text encoder is not written again
     assert not (shipped.parent / "text_tiny.safetensors").exists()
 
-    again = train("teacher_tiny", out, f"recipe.vae={vae}")
+    again = train("teacher_tiny", *given)
     assert "goes on from step 2" in again
     assert "step 3" not in again

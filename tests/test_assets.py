@@ -1,0 +1,51 @@
+"""The shipped small-world models do what the README says of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from distill.autoencoding import psnr
+from evaluation.oracle import Oracle
+from evaluation.small_world import Options, load_pipeline
+from turbodiffusion.checkpoints import load_vae
+from turbodiffusion.pipelines.generate import Clip
+from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.small_world.captions import caption
+from turbodiffusion.small_world.clips import draw_scenes, render
+from turbodiffusion.small_world.split import BACKGROUNDS, MOTIONS
+from turbodiffusion.small_world.sprites import load_sprites
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+FILES = ("wan_tiny", "vae_tiny", "text_tiny")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_checkpoint_says_how_it_was_made_and_stays_small(name: str) -> None:
+    path = ASSETS / f"{name}.safetensors"
+    assert path.stat().st_size < 16e6
+    with safe_open(path, framework="pt") as file:
+        carried = json.loads(file.metadata()["turbodiffusion"])
+    assert carried["history"]
+    assert carried["config"]
+
+
+@torch.no_grad()
+def test_vae_reconstructs_held_out_clips() -> None:
+    vae = load_vae(ASSETS / "vae_tiny.safetensors", device="cpu", dtype=torch.float32)
+    frames = render(draw_scenes(4, torch.Generator().manual_seed(7), "held_out_subjects"), load_sprites())
+    back = vae.decode(vae.encode(frames, chunk=None), chunk=None)
+    # the demand on the mean over held-out clips
+    assert psnr(back, frames).mean() > 30
+
+
+@pytest.mark.slow
+def test_teacher_makes_what_the_caption_says() -> None:
+    sprites, options = load_sprites(), Options(device="cpu", dtype="float32", steps=20)
+    wanted = (sprites.names.index("octopus"), MOTIONS.index("left"), BACKGROUNDS.index("teal"))
+    pipeline = load_pipeline(options)
+    clip = Clip(prompts=[caption("octopus", *wanted[1:])], size=Size(128, 128), frames=33)
+    (reading,) = Oracle(sprites).read(pipeline(clip, [0]).frames)
+    assert (reading.subject, reading.motion, reading.background) == wanted
