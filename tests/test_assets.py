@@ -9,13 +9,10 @@ from safetensors import safe_open
 
 from distill.autoencoding import psnr
 from evaluation.oracle import Oracle
-from evaluation.small_world import Options, load_pipeline
+from evaluation.small_world import Options, generate, load_pipeline
 from turbodiffusion.checkpoints import load_vae
-from turbodiffusion.pipelines.generate import Clip
-from turbodiffusion.pipelines.sizes import Size
-from turbodiffusion.small_world.captions import caption
+from turbodiffusion.small_world.captions import held_out_prompts
 from turbodiffusion.small_world.clips import draw_scenes, render
-from turbodiffusion.small_world.split import BACKGROUNDS, MOTIONS
 from turbodiffusion.small_world.sprites import load_sprites
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -43,8 +40,9 @@ def test_vae_reconstructs_held_out_clips() -> None:
 
 def test_teacher_paints_the_background_of_the_caption() -> None:
     """All that the shipped teacher has learnt so far (docs/small_world.md)."""
-    sprites, options = load_sprites(), Options(device="cpu", dtype="float32", steps=10)
-    motion, background = MOTIONS.index("left"), BACKGROUNDS.index("teal")
-    clip = Clip(prompts=[caption("octopus", motion, background)], size=Size(128, 128), frames=33)
-    (reading,) = Oracle(sprites).read(load_pipeline(options)(clip, [0]).frames)
-    assert reading.background == background
+    options = Options(device="cpu", dtype="float32", steps=10, count=4, batch=4)
+    sprites, prompts = load_sprites(), held_out_prompts(options.count)
+    (clips,) = generate(load_pipeline(options), prompts, sprites, options)
+    right = [r.background == p.background for r, p in zip(Oracle(sprites).read(clips), prompts, strict=True)]
+    # nine in ten over many prompts
+    assert sum(right) >= 3
