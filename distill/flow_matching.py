@@ -3,13 +3,13 @@
 Shapes: B batch, C latent channels, T h w latent frames, height, width, S text tokens.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from distill.times import Times
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import EOS, PAD
 from turbodiffusion.models.wan import WanModel
@@ -26,22 +26,6 @@ class Captioned:
     latents: Tensor
     image: Tensor
     tokens: Tensor
-
-
-@dataclass(frozen=True)
-class LogitNormal:
-    """Training times s in (0, 1): logit(s) is normal around log(shift).
-
-    A deviation of 1.8 comes close to uniform times under that shift; smaller ones favour the middle.
-    """
-
-    shift: float = 3.0
-    deviation: float = 1.4
-
-    def __call__(self, count: int, rng: torch.Generator) -> Tensor:
-        """Times (count,) fp64 on the generator's device."""
-        z = torch.randn(count, generator=rng, device=rng.device, dtype=torch.float64)
-        return torch.sigmoid(math.log(self.shift) + self.deviation * z)
 
 
 def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, s: Tensor, *given: Tensor) -> Tensor:
@@ -86,7 +70,7 @@ class FlowMatching:
 
     student: nn.Module
     compute: Velocity  # of the student
-    times: LogitNormal = LogitNormal()
+    times: Times
     text_drop: float = 0.1
     image_share: float = 0.3
 

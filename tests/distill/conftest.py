@@ -12,6 +12,7 @@ from distill.data import Encoded, LatentClips
 from distill.flow_matching import FlowMatching, TextToVelocity
 from distill.objective import Parts, Product
 from distill.optim import Optim
+from distill.times import LogNormal
 from distill.trainer import Plan, Trainer
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import ByteTokenizer
@@ -136,7 +137,11 @@ def flow(tmp_path: Path) -> Callable[..., Trainer]:
     def make(folder: str, **plan: float) -> Trainer:
         torch.manual_seed(0)
         student = build_student()
-        parts = Parts(FlowMatching(student, student), build_clips(student.text_encoder), Silent())
+        parts = Parts(
+            FlowMatching(student, student, times=LogNormal(1.1, 1.4)),
+            build_clips(student.text_encoder),
+            Silent(),
+        )
         return Trainer(
             parts, optim=Optim(lr=1e-2, warmup=2), plan=replace(PLAN, **plan), folder=tmp_path / folder
         )

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 
 import pytest
@@ -7,15 +6,16 @@ import torch
 from distill.data import LatentClips
 from distill.flow_matching import (
     FlowMatching,
-    LogitNormal,
     TextToVelocity,
     condition,
     empty_caption,
     flow_matching_loss,
 )
+from distill.times import LogNormal
 from turbodiffusion.pipelines import conditioning
 
 MakeStudent = Callable[..., TextToVelocity]
+TIMES = LogNormal(1.1, 1.4)
 MakeClips = Callable[..., LatentClips]
 
 
@@ -60,15 +60,6 @@ def test_best_velocity_on_gaussian_data_has_the_closed_form_loss():
     assert loss.item() == pytest.approx(scale**2 / variance, rel=0.022)
 
 
-def test_logit_of_times_is_normal_around_the_shift():
-    times = LogitNormal(shift=3.0, deviation=1.4)(20000, torch.Generator().manual_seed(0))
-    logit = times.logit()
-    # 4 standard errors of a mean and a deviation of 20000 draws
-    assert logit.mean().item() == pytest.approx(math.log(3.0), abs=4 * 1.4 / 20000**0.5)
-    assert logit.std().item() == pytest.approx(1.4, abs=4 * 1.4 / 40000**0.5)
-    assert 0 < times.min() <= times.max() < 1
-
-
 def test_condition_is_what_the_pipelines_feed_and_zero_without_image():
     image = torch.randn(2, 16, 3, 4, 4)
     given = condition(image, torch.tensor([True, False]))
@@ -94,7 +85,7 @@ def test_shares_of_captions_and_images_are_dropped(make_student: MakeStudent, ma
         return x
 
     batch = make_clips(student.text_encoder, count=2000).batch(0)
-    objective = FlowMatching(student, compute, text_drop=0.25, image_share=0.6)
+    objective = FlowMatching(student, compute, times=TIMES, text_drop=0.25, image_share=0.6)
     list(objective.losses(batch, 0, torch.Generator().manual_seed(0)))
     empty = (seen["tokens"] == empty_caption(seen["tokens"])).all(1).float().mean().item()
     shown = seen["condition"].flatten(1).any(1).float().mean().item()
@@ -110,7 +101,9 @@ def test_text_encoder_learns_unless_it_is_frozen(
     student = make_student(freeze_text=freeze_text)
     torch.nn.init.normal_(student.network.head.head.weight)
     batch = make_clips(student.text_encoder).batch(0)
-    for _, loss in FlowMatching(student, student).losses(batch, 0, torch.Generator().manual_seed(0)):
+    for _, loss in FlowMatching(student, student, times=TIMES).losses(
+        batch, 0, torch.Generator().manual_seed(0)
+    ):
         loss.mean().backward()
     learnt = [p.grad is not None and bool(p.grad.any()) for p in student.text_encoder.parameters()]
     assert any(learnt) is not freeze_text

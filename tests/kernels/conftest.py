@@ -1,0 +1,52 @@
+"""bf16 for Triton's interpreter (TRITON_INTERPRET=1), which computes on its bits as if they were integers."""
+
+import os
+from collections.abc import Callable
+
+
+def _install() -> None:
+    """Compute on bf16 in fp32 and round the result to the nearest even, as a GPU does."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    Handle = interpreter.TensorHandle
+    builder = interpreter.InterpreterBuilder
+
+    def is_bf16(x: object) -> bool:
+        return isinstance(x, Handle) and x.dtype.scalar == tl.bfloat16
+
+    def widen(x: object) -> object:
+        return Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if is_bf16(x) else x
+
+    def narrow(x: Handle) -> Handle:
+        bits = np.ascontiguousarray(x.data, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded = np.where(np.isnan(x.data), np.uint16(0x7FC0), rounded)
+        return Handle(rounded.reshape(x.data.shape), tl.bfloat16)
+
+    def in_fp32(method: Callable[..., Handle]) -> Callable[..., Handle]:
+        def call(self: object, *args: object) -> Handle:
+            out = method(self, *map(widen, args))
+            arithmetic = out.dtype.scalar == tl.float32 and out.data.dtype == np.float32
+            return narrow(out) if is_bf16(args[0]) and arithmetic else out
+
+        return call
+
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self: object, x: Handle, dtype: tl.dtype) -> Handle:
+        if dtype.scalar != tl.bfloat16:
+            return cast(self, widen(x), dtype)
+        return x if is_bf16(x) else narrow(cast(self, x, tl.float32))
+
+    def create_dot(self: object, a: Handle, b: Handle, *rest: object) -> Handle:
+        return dot(self, widen(a), widen(b), *rest)
+
+    for name in ("binary_op", "unary_op", "create_fma"):
+        setattr(builder, name, in_fp32(getattr(builder, name)))
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _install()
