@@ -110,7 +110,8 @@ def encode_clips(
         known = torch.zeros_like(frames)
         known[:, :, 0] = frames[:, :, 0]
         triples = torch.stack((scenes.subject, scenes.motion, scenes.background), dim=1)
-        encoded = [vae.encode(x, chunk=ENCODE_CHUNK).bfloat16() for x in (frames, known)]
+        # the VAE may answer channels-last, which can not be saved
+        encoded = [vae.encode(x, chunk=ENCODE_CHUNK).bfloat16().contiguous() for x in (frames, known)]
         parts.append((triples, *encoded))
     return Encoded(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
