@@ -29,7 +29,8 @@ def main(cfg: DictConfig) -> None:
     torch.backends.cudnn.benchmark = True
     hardware = Hardware.named(cfg.device, precision=cfg.precision, compile=cfg.compile)
     parts = instantiate(cfg.recipe)(hardware)
-    Trainer(parts, optim=instantiate(cfg.optim), plan=instantiate(cfg.plan), folder=folder).fit()
+    optims = {role: instantiate(optim) for role, optim in cfg.optims.items()}
+    Trainer(parts, optims=optims, plan=instantiate(cfg.plan), folder=folder).fit()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 Shapes: B batch, C latent channels, T h w latent frames, height, width; F H W frames, height, width in pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distill.data import RenderedClips
-from distill.objective import Product
+from distill.objective import Product, Watch
 from distill.precision import halved
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_layers import Attention, ResidualBlock
@@ -60,10 +60,11 @@ class Autoencoding:
     differences keep sprites sharp.  kl weighs nats a latent value.
     """
 
-    autoencoder: nn.Module
-    compute: Callable[[Tensor, Tensor], Moments]
+    autoencoder: nn.Module  # (frames, noise) -> Moments
     differences: float = 1.0
     kl: float = 1e-6
+
+    averaged = ("autoencoder",)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -72,12 +73,14 @@ class Autoencoding:
     def turn(self, step: int) -> str:
         return "autoencoder"
 
-    def losses(self, batch: Tensor, step: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    def losses(
+        self, batch: Tensor, step: int, rng: torch.Generator, watch: Watch
+    ) -> Iterator[tuple[str, Tensor]]:
         vae = self.autoencoder.vae
         b, _, f, h, w = batch.shape
         latent = (1 + (f - 1) // vae.temporal_factor, h // vae.spatial_factor, w // vae.spatial_factor)
         noise = torch.randn((b, vae.latent_channels, *latent), generator=rng, device=batch.device)
-        reconstruction, mean, logvar = self.compute(batch, noise)
+        reconstruction, mean, logvar = self.autoencoder(batch, noise)
         error = reconstruction - batch
         pixels = error.square().flatten(1).mean(1)
         differences = sum(error.diff(dim=axis).square().flatten(1).mean(1) for axis in (2, 3, 4))

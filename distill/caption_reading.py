@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.objective import Product, seed_of
+from distill.objective import Product, Watch, seed_of
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import PAD
 from turbodiffusion.small_world.captions import PHRASINGS, caption
@@ -73,6 +73,8 @@ class CaptionReading:
 
     reader: nn.Module
 
+    averaged = ("reader",)
+
     @property
     def networks(self) -> dict[str, nn.Module]:
         return {"reader": self.reader}
@@ -80,7 +82,9 @@ class CaptionReading:
     def turn(self, step: int) -> str:
         return "reader"
 
-    def losses(self, batch: Captions, step: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    def losses(
+        self, batch: Captions, step: int, rng: torch.Generator, watch: Watch
+    ) -> Iterator[tuple[str, Tensor]]:
         logits = self.reader(batch.tokens)
         parts = [F.cross_entropy(row, batch.triples[:, i], reduction="none") for i, row in enumerate(logits)]
         yield "reading", sum(parts)

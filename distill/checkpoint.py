@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill.precision import Masters
 from turbodiffusion.errors import UserError
 
 
@@ -24,7 +25,7 @@ class TrainState:
     updates: dict[str, int] = field(default_factory=dict)  # by role
 
 
-def save_run(folder: Path, state: TrainState, networks: dict[str, nn.Module]) -> Path:
+def save_run(folder: Path, state: TrainState, networks: dict[str, nn.Module | Masters]) -> Path:
     """Write `folder/step-N` with networks (weights and averages by name), then drop the older ones."""
     partial, final = folder / "partial", folder / f"step-{state.step:07d}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -54,7 +55,7 @@ def saved_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def resume_run(folder: Path, state: TrainState, networks: dict[str, nn.Module]) -> bool:
+def resume_run(folder: Path, state: TrainState, networks: dict[str, nn.Module | Masters]) -> bool:
     """Put the newest checkpoint into state and networks; False if there is none.
 
     Raises UserError when it does not fit the networks that are to be trained.
@@ -71,7 +72,7 @@ def resume_run(folder: Path, state: TrainState, networks: dict[str, nn.Module]) 
     return True
 
 
-def _load(network: nn.Module, path: Path) -> None:
+def _load(network: nn.Module | Masters, path: Path) -> None:
     weights: dict[str, Tensor] = load_file(path)
     wanted = {name: value.shape for name, value in network.state_dict().items()}
     wrong = sorted(name for name in wanted.keys() | weights.keys() if not _fits(wanted, weights, name))

@@ -5,7 +5,8 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import nn
+
+from distill.precision import Masters
 
 
 @cache
@@ -25,18 +26,17 @@ def decay(updates: int, width: float) -> float:
 
 
 class PowerEMA:
-    """An averaged copy of a module, for sampling and shipping; fp32 like the weights it follows.
+    """An averaged fp32 copy of a module, for sampling and shipping; it follows the fp32 masters.
 
     The kernel's width grows with training, so a short run and a long one need no different setting.
     """
 
-    def __init__(self, module: nn.Module, width: float):
-        self.module = deepcopy(module).requires_grad_(False).eval()
+    def __init__(self, masters: Masters, width: float):
+        self.module = deepcopy(masters.module).float().requires_grad_(False).eval()
         self.width = width
 
     @torch.no_grad()
-    def update(self, module: nn.Module, updates: int) -> None:
-        """Move towards the module's weights; `updates` counts the earlier calls."""
-        keep = decay(updates, self.width)
-        ours, theirs = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - keep)
+    def update(self, masters: Masters, updates: int) -> None:
+        """Move towards the masters; `updates` counts the earlier calls."""
+        ours = [self.module.get_parameter(name) for name in masters.weights]
+        torch._foreach_lerp_(ours, list(masters.weights.values()), 1 - decay(updates, self.width))

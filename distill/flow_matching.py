@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distill.objective import Watch
 from distill.times import Times
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import EOS, PAD
@@ -68,11 +69,12 @@ class FlowMatching:
     its first frame through the mask and image channels, which are zero otherwise.
     """
 
-    student: nn.Module
-    compute: Velocity  # of the student
+    student: nn.Module  # (x, 1000 s, caption ids, condition) -> velocity
     times: Times
     text_drop: float = 0.1
     image_share: float = 0.3
+
+    averaged = ("student",)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -81,7 +83,9 @@ class FlowMatching:
     def turn(self, step: int) -> str:
         return "student"
 
-    def losses(self, batch: Captioned, step: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    def losses(
+        self, batch: Captioned, step: int, rng: torch.Generator, watch: Watch
+    ) -> Iterator[tuple[str, Tensor]]:
         x0 = batch.latents.float()
         count = len(x0)
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
@@ -92,7 +96,9 @@ class FlowMatching:
         )
         tokens = torch.where(is_empty.unsqueeze(1), empty_caption(batch.tokens), batch.tokens)
         given = tokens, condition(batch.image, has_image)
-        yield "velocity", flow_matching_loss(self.compute, x0, noise, s, *given)
+        loss = flow_matching_loss(self.student, x0, noise, s, *given)
+        watch("flow/velocity", loss, s)
+        yield "velocity", loss
 
 
 def condition(image: Tensor, has_image: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run says while it trains: a JSONL file and a progress line."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ class Log:
         )
         self.task = self.progress.add_task("train", total=1.0, line="", step=0)
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, Tensor | int] = {}
         self.samples, self.since = 0, time.perf_counter()
 
     def __enter__(self) -> "Log":
@@ -45,16 +46,28 @@ class Log:
 
     def add(self, name: str, values: Tensor) -> None:
         """Include the mean of values in the next line; no wait for the device."""
-        mean = values.detach().float().mean()
-        self.sums[name] = self.sums.get(name, 0.0) + mean
-        self.counts[name] = self.counts.get(name, 0) + 1
+        self._add(name, values.detach().float().mean(), 1)
+
+    def watch(self, name: str, values: Tensor, times: Tensor) -> None:
+        """The same for one number a sample (B,), apart for each quarter of the times s (B,)."""
+        quarter = (4 * times).long().clamp(0, 3)
+        for i in range(4):
+            chosen = quarter == i
+            total = values.detach().float().where(chosen, 0.0).sum()
+            self._add(f"{name}/s{i / 4:g}-{(i + 1) / 4:g}", total, chosen.sum())
+
+    def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0) + count
 
     def step(self, step: int, progress: float, samples: int, rate: float) -> None:
         """Close a step; every so often write means, speed and memory."""
         self.samples += samples
         if step % self.every:
             return
-        values = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        # a quarter of time that no sample fell into has none
+        values = {name: mean for name, mean in means.items() if not math.isnan(mean)}
         now = time.perf_counter()
         values |= {"lr": rate, "samples_per_s": self.samples / (now - self.since)}
         if self.device.type not in ("cpu", "mps"):  # these keep no count

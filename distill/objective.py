@@ -1,6 +1,6 @@
 """The seams of training: what is learned (Objective), from what (Data), and what comes out (Outcome)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 from zlib import crc32
@@ -13,6 +13,11 @@ from turbodiffusion.variants import Sampling
 Batch = TypeVar("Batch")
 BatchIn = TypeVar("BatchIn", contravariant=True)
 BatchOut = TypeVar("BatchOut", covariant=True)
+Watch = Callable[[str, Tensor, Tensor], None]  # told a name, one number a sample (B,) and their times s (B,)
+
+
+def unwatched(name: str, values: Tensor, times: Tensor) -> None:
+    """A Watch that looks away."""
 
 
 def seed_of(purpose: str, *numbers: int) -> int:
@@ -23,13 +28,16 @@ def seed_of(purpose: str, *numbers: int) -> int:
 class Objective(Protocol[BatchIn]):
     """A training algorithm: it knows diffusion, and no optimiser, file or rank."""
 
-    networks: dict[str, nn.Module]  # by role; these hold the fp32 weights that train
+    networks: dict[str, nn.Module]  # by role; what trains
+    averaged: tuple[str, ...]  # the roles whose averages are shown and shipped
 
     def turn(self, step: int) -> str:
         """The role whose optimiser moves at this step."""
         ...
 
-    def losses(self, batch: BatchIn, step: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    def losses(
+        self, batch: BatchIn, step: int, rng: torch.Generator, watch: Watch
+    ) -> Iterator[tuple[str, Tensor]]:
         """Named losses, one number a sample (B,), each to be differentiated before the next is asked for."""
         ...
 

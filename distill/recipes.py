@@ -11,7 +11,7 @@ from distill.caption_reading import CaptionReading, CaptionStream, Reader, Reade
 from distill.data import EncodedClips, RenderedClips
 from distill.flow_matching import FlowMatching, TextToVelocity
 from distill.objective import Parts
-from distill.precision import Compute
+from distill.precision import lower
 from distill.videos import Videos
 from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
 from turbodiffusion.errors import UserError
@@ -27,7 +27,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and in which precision to compute; the weights that train are fp32 everywhere."""
+    """Where and in which precision to compute; the master weights are fp32 everywhere."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,11 +51,11 @@ class Hardware:
             raise UserError(f"device={device} is not to be had here: {error}") from error
         return cls(chosen, PRECISIONS[precision], mode)
 
-    def compute(self, module: nn.Module, keep_fp32: Callable[[str], bool], units: list[nn.Module]) -> Compute:
-        """The module in this precision, its units compiled one by one."""
+    def prepare(self, module: nn.Module, keep_fp32: Callable[[str], bool], units: list[nn.Module]) -> None:
+        """Move the module here, in this precision but for what keep_fp32 names, and compile its units."""
+        lower(module, self.dtype, keep_fp32).to(self.device)
         for unit in [] if self.compile_mode is None else units:
             unit.compile(mode=self.compile_mode)
-        return Compute(module, self.dtype, keep_fp32)
 
 
 def autoencoder(
@@ -76,11 +76,11 @@ def autoencoder(
         initialize(vae)
     else:
         vae.load_state_dict(load_vae(start, device="cpu", dtype=torch.float32).state_dict())
-    module = Autoencoder(vae).to(hardware.device)
-    compute = hardware.compute(module, lambda name: False, [vae.encoder, vae.decoder])
+    module = Autoencoder(vae)
+    hardware.prepare(module, lambda name: False, [vae.encoder, vae.decoder])
     sprites = load_sprites().to(hardware.device)
     seen, held_out = (judged(sprites=sprites, split=split) for split in ("train", HELD_OUT))
-    return Parts(objective(module, compute), data(sprites=sprites, split="train"), outcome(held_out, seen))
+    return Parts(objective(module), data(sprites=sprites, split="train"), outcome(held_out, seen))
 
 
 def caption_reader(
@@ -119,12 +119,11 @@ def text_to_video(
     if start.text_encoder is not None:
         text_encoder = load_text_encoder(start.text_encoder, device=device, dtype=torch.float32)
         student.text_encoder.load_state_dict(text_encoder.state_dict())
-    student.to(device)
+    # as one graph: so small a network is bound by launching its kernels, not by running them
+    hardware.prepare(student, student.is_fp32, [student])
     coder = load_vae(vae, device=device, dtype=hardware.dtype)
     train, held_out = data.load(coder, student.text_encoder)
-    # as one graph: so small a network is bound by launching its kernels, not by running them
-    compute = hardware.compute(student, student.is_fp32, [student])
-    flow_matching = objective(student, compute)
+    flow_matching = objective(student)
     files = {"network": file} | ({} if student.is_text_frozen else {"text_encoder": "text_tiny"})
     return Parts(
         flow_matching, train, Videos(flow_matching, held_out, coder, variant("wan_tiny"), files, history)

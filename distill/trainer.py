@@ -1,6 +1,7 @@
 """The trainer: it knows steps, roles and files, and nothing of diffusion."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from distill.log import Log
 from distill.objective import Parts, seed_of
 from distill.optim import Optim
 from distill.origin import origin
+from distill.precision import Masters
 from distill.preview import save_preview
 from turbodiffusion import checkpoints
 from turbodiffusion.errors import UserError
@@ -52,21 +54,27 @@ class Plan:
 
 
 class Trainer:
-    """Trains an objective's networks and writes everything under `folder`.
+    """Trains an objective's networks and writes everything under `folder`; optims by role, or "default".
 
     `checkpoint/step-N` resumes the run, `previews` shows it, `log.jsonl` tells it, and the outcome's products
     lie beside them.  A trainer on the same folder continues where the last one stopped.
     """
 
-    def __init__(self, parts: Parts, *, optim: Optim, plan: Plan, folder: Path):
+    def __init__(self, parts: Parts, *, optims: Mapping[str, Optim], plan: Plan, folder: Path):
         self.objective, self.data, self.outcome = parts.objective, parts.data, parts.outcome
-        self.optim, self.plan, self.folder = optim, plan, folder
-        self.networks = self.objective.networks
-        self.device = next(next(iter(self.networks.values())).parameters()).device
-        self.averages = {role: PowerEMA(net, plan.ema_width) for role, net in self.networks.items()}
+        self.plan, self.folder = plan, folder
+        self.masters = {role: Masters(network) for role, network in self.objective.networks.items()}
+        self.optims = {role: optims.get(role, optims["default"]) for role in self.masters}
+        self.device = next(next(iter(self.objective.networks.values())).parameters()).device
+        self.averages = {
+            role: PowerEMA(self.masters[role], plan.ema_width) for role in self.objective.averaged
+        }
         self.state = TrainState(
-            optimizers={role: optim.build(net.parameters()) for role, net in self.networks.items()},
-            updates=dict.fromkeys(self.networks, 0),
+            optimizers={
+                role: self.optims[role].build(masters.weights.values())
+                for role, masters in self.masters.items()
+            },
+            updates=dict.fromkeys(self.masters, 0),
         )
         self.origin = origin(self.device)
         self.log = Log(folder / "log.jsonl", plan.log_every, self.device)
@@ -94,26 +102,29 @@ class Trainer:
         """One step of the role whose turn it is."""
         step, count = self.state.step, self.plan.accumulate
         role = self.objective.turn(step)
-        network, optimizer = self.networks[role], self.state.optimizers[role]
-        samples = 0
+        masters, optimizer = self.masters[role], self.state.optimizers[role]
+        samples, updates = 0, self.state.updates[role]
         for i in range(step * count, (step + 1) * count):
-            for name, loss in self.objective.losses(self.data.batch(i), step, self._rng(i)):
+            for name, loss in self.objective.losses(self.data.batch(i), step, self._rng(i), self.log.watch):
                 (loss.mean() / count).backward()
+                masters.collect()
                 self.log.add(f"loss/{name}", loss)
             samples += len(loss)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.plan.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(list(masters.weights.values()), self.plan.max_grad_norm)
         # the one wait for the device in a step: the optimiser must not see a bad gradient
         if not norm.isfinite():
             raise UserError(
                 f"the gradient norm of {role} is {norm.item()} at step {step}: stopped before the step; "
                 f"lower optim.lr or go on from the last checkpoint with another seed="
             )
-        rate = self.optim.rate(step, self.plan.progress(self.state))
+        rate = self.optims[role].rate(updates, self.plan.progress(self.state))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.averages[role].update(network, self.state.updates[role])
+        masters.publish()
+        if role in self.averages:
+            self.averages[role].update(masters, updates)
         self.state.updates[role] += 1
         self.state.step += 1
         self.log.add(f"grad_norm/{role}", norm)
@@ -162,6 +173,6 @@ class Trainer:
         """Randomness of batch `number`, the same however often the run was resumed."""
         return torch.Generator(self.device).manual_seed(seed_of("noise", self.plan.seed, number))
 
-    def _saved_networks(self) -> dict[str, nn.Module]:
+    def _saved_networks(self) -> dict[str, nn.Module | Masters]:
         averages = {f"{role}_ema": average.module for role, average in self.averages.items()}
-        return self.networks | averages
+        return self.masters | averages

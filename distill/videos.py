@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distill.data import LatentClips
 from distill.flow_matching import FlowMatching, condition, empty_caption
-from distill.objective import Product, seed_of
+from distill.objective import Product, seed_of, unwatched
 from distill.precision import halved
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
@@ -40,8 +40,9 @@ class Videos:
         """The training loss on held-out clips, at times and noise that are always the same."""
         batch = self.held_out.batch(0)
         rng = torch.Generator(batch.latents.device).manual_seed(seed_of("held out"))
-        averaged = replace(self.objective, student=networks["student"], compute=networks["student"])
-        return {f"held_out/{name}": loss.mean().item() for name, loss in averaged.losses(batch, 0, rng)}
+        averaged = replace(self.objective, student=networks["student"])
+        losses = averaged.losses(batch, 0, rng, unwatched)
+        return {f"held_out/{name}": loss.mean().item() for name, loss in losses}
 
     @torch.no_grad()
     def preview(self, networks: dict[str, nn.Module]) -> Tensor:

@@ -33,7 +33,7 @@ def test_experiment_composes_and_resolves(experiment: str, debug: str):
     cfg = composed(experiment, f"debug={debug}")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert cfg.name == experiment
-    for node in (cfg.optim, cfg.plan):
+    for node in (cfg.optims.default, cfg.plan):
         instantiate(node)
     with torch.device("meta"):
         assert callable(instantiate(cfg.recipe))
@@ -48,7 +48,10 @@ def test_networks_have_the_expected_size(experiment: str):
         assert sum(p.numel() for p in module.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("override", ["optim.learning_rate=1", "recipe.objective.image_shar=1", "step=3"])
+UNKNOWN = ["optims.default.learning_rate=1", "recipe.objective.image_shar=1", "step=3"]
+
+
+@pytest.mark.parametrize("override", UNKNOWN)
 def test_unknown_option_is_refused(override: str):
     with pytest.raises(ConfigCompositionException):
         composed("teacher_tiny", override)

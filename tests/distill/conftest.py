@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.data import Encoded, LatentClips
 from distill.flow_matching import FlowMatching, TextToVelocity
-from distill.objective import Parts, Product
+from distill.objective import Parts, Product, Watch
 from distill.optim import Optim
 from distill.times import LogNormal
 from distill.trainer import Plan, Trainer
@@ -37,6 +37,7 @@ class Regression:
     line: Line = field(default_factory=Line)
     noise: float = 0.1
     poison_at: int | None = None
+    averaged: tuple[str, ...] = ("line",)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -45,7 +46,9 @@ class Regression:
     def turn(self, step: int) -> str:
         return "line"
 
-    def losses(self, batch: Tensor, step: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    def losses(
+        self, batch: Tensor, step: int, rng: torch.Generator, watch: Watch
+    ) -> Iterator[tuple[str, Tensor]]:
         truth = batch.sum(dim=1, keepdim=True) + self.noise * torch.randn(len(batch), 1, generator=rng)
         error = (self.line(batch) - truth).square().flatten(1).mean(1)
         yield "square", error / (0.0 if step == self.poison_at else 1.0)
@@ -92,8 +95,8 @@ def toy(tmp_path: Path) -> Callable[..., Trainer]:
         folder: str = "toy", *, rows: int = 8, poison_at: int | None = None, noise: float = 0.1, **plan: float
     ) -> Trainer:
         parts = Parts(Regression(poison_at=poison_at, noise=noise), Rows(rows), Silent())
-        optim = Optim(lr=0.1, warmup=2, weight_decay=0.0)
-        return Trainer(parts, optim=optim, plan=replace(PLAN, **plan), folder=tmp_path / folder)
+        optims = {"default": Optim(lr=0.1, warmup=2, weight_decay=0.0)}
+        return Trainer(parts, optims=optims, plan=replace(PLAN, **plan), folder=tmp_path / folder)
 
     return make
 
@@ -138,12 +141,11 @@ def flow(tmp_path: Path) -> Callable[..., Trainer]:
         torch.manual_seed(0)
         student = build_student()
         parts = Parts(
-            FlowMatching(student, student, times=LogNormal(1.1, 1.4)),
+            FlowMatching(student, times=LogNormal(1.1, 1.4)),
             build_clips(student.text_encoder),
             Silent(),
         )
-        return Trainer(
-            parts, optim=Optim(lr=1e-2, warmup=2), plan=replace(PLAN, **plan), folder=tmp_path / folder
-        )
+        optims = {"default": Optim(lr=1e-2, warmup=2)}
+        return Trainer(parts, optims=optims, plan=replace(PLAN, **plan), folder=tmp_path / folder)
 
     return make

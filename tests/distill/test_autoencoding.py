@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.autoencoding import Autoencoder, AutoencoderOutcome, Autoencoding, psnr
+from distill.objective import unwatched
 from turbodiffusion.models.vae import VideoVAE
 
 
@@ -27,8 +28,9 @@ def autoencoder() -> Autoencoder:
 
 
 def loss_of(autoencoder: Autoencoder, compute: Callable[..., tuple[Tensor, ...]], **weights: float) -> Tensor:
-    objective = Autoencoding(autoencoder, compute, **weights)
-    ((_, loss),) = objective.losses(Noise().batch(0), 0, torch.Generator().manual_seed(0))
+    autoencoder.forward = compute
+    objective = Autoencoding(autoencoder, **weights)
+    ((_, loss),) = objective.losses(Noise().batch(0), 0, torch.Generator().manual_seed(0), unwatched)
     return loss
 
 

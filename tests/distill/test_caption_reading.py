@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distill.caption_reading import CaptionReading, CaptionStream, Reader, ReaderOutcome
+from distill.objective import unwatched
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import PAD, ByteTokenizer
 from turbodiffusion.small_world.split import triples
@@ -40,7 +41,7 @@ def test_twenty_steps_lower_the_loss_and_the_shipped_encoder_has_no_heads(encode
     optimizer = torch.optim.Adam(reader.parameters(), lr=1e-2)
     losses = []
     for step in range(20):
-        ((_, loss),) = objective.losses(stream.batch(0), step, torch.Generator())
+        ((_, loss),) = objective.losses(stream.batch(0), step, torch.Generator(), unwatched)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

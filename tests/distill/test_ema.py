@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from distill.ema import PowerEMA, decay, power
+from distill.precision import Masters
 
 
 def test_power_solves_the_published_cubic():
@@ -19,11 +20,11 @@ def test_decay_follows_the_published_table():
 
 def test_average_of_a_ramp_lags_as_the_kernel_says():
     line = nn.Linear(1, 1, bias=False)
-    average = PowerEMA(line, 0.1)
+    average = PowerEMA(Masters(line), 0.1)
     updates = 2000
     for i in range(updates):
         nn.init.constant_(line.weight, i + 1)
-        average.update(line, i)
+        average.update(Masters(line), i)
     # the kernel (t / T)^power has mean (power + 1) / (power + 2) of T; a sum differs from it by O(1 / T)
     expected = (power(0.1) + 1) / (power(0.1) + 2)
     assert average.module.weight.item() / updates == pytest.approx(expected, abs=2 / updates)
@@ -31,9 +32,9 @@ def test_average_of_a_ramp_lags_as_the_kernel_says():
 
 def test_average_of_constant_weights_is_exact_and_needs_no_gradient():
     line = nn.Linear(3, 3)
-    average = PowerEMA(line, 0.1)
+    average = PowerEMA(Masters(line), 0.1)
     for i in range(5):
-        average.update(line, i)
+        average.update(Masters(line), i)
     for ours, theirs in zip(average.module.parameters(), line.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert not ours.requires_grad
@@ -41,7 +42,7 @@ def test_average_of_constant_weights_is_exact_and_needs_no_gradient():
 
 def test_first_update_forgets_the_initial_weights():
     line = nn.Linear(2, 2)
-    average = PowerEMA(line, 0.1)
+    average = PowerEMA(Masters(line), 0.1)
     nn.init.constant_(line.weight, 7.0)
-    average.update(line, 0)
+    average.update(Masters(line), 0)
     assert torch.equal(average.module.weight, line.weight)

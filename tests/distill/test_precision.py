@@ -1,10 +1,12 @@
+import pytest
 import torch
 from torch import nn
 
-from distill.precision import Compute, halved
+from distill.precision import Masters, halved, lower
 
 
 def make() -> nn.Sequential:
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
 
 
@@ -12,43 +14,67 @@ def is_norm(name: str) -> bool:
     return name.startswith("1.")
 
 
-def test_float32_computes_with_the_weights_themselves():
-    module, x = make(), torch.randn(3, 8)
-    assert torch.equal(Compute(module, torch.float32, is_norm)(x), module(x))
-
-
-def test_bfloat16_computes_what_the_rounded_module_computes():
-    module, x = make(), torch.randn(3, 8).bfloat16()
-    out = Compute(module, torch.bfloat16, lambda name: False)(x)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, halved(module, lambda name: False)(x))
-
-
-def test_gradients_arrive_in_fp32_at_the_fp32_weights():
-    module, x = make(), torch.randn(3, 8).bfloat16()
-    Compute(module, torch.bfloat16, lambda name: False)(x).sum().backward()
-    rounded = halved(module, lambda name: False)
-    rounded(x).sum().backward()
-    for ours, theirs in zip(module.parameters(), rounded.parameters(), strict=True):
-        assert ours.dtype == ours.grad.dtype == torch.float32
-        # the cast's derivative is one: the same numbers, in another dtype
-        assert torch.equal(ours.grad, theirs.grad.float())
+def nothing(name: str) -> bool:
+    return False
 
 
 def test_named_weights_stay_fp32():
-    seen = {}
-    module = make()
-    module[1].register_forward_pre_hook(lambda layer, args: seen.update(norm=layer.weight.dtype))
-    module[1].forward = lambda x: x
-    module[2].register_forward_pre_hook(lambda layer, args: seen.update(linear=layer.weight.dtype))
-    Compute(module, torch.bfloat16, is_norm)(torch.randn(3, 8).bfloat16())
-    assert seen == {"norm": torch.float32, "linear": torch.bfloat16}
+    dtypes = [p.dtype for p in lower(make(), torch.bfloat16, is_norm).parameters()]
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
-def test_halved_is_a_copy_that_keeps_the_named_weights():
+def test_halved_is_a_copy():
     module = make()
-    copied = halved(module, is_norm)
-    assert [p.dtype for p in copied.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [
-        torch.bfloat16
-    ] * 2
+    assert all(p.dtype == torch.bfloat16 for p in halved(module, nothing).parameters())
     assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_an_fp32_module_is_its_own_master():
+    module = make()
+    masters = Masters(module)
+    assert all(a is b for a, b in zip(module.parameters(), masters.weights.values(), strict=True))
+
+
+def test_gradients_of_two_backwards_add_up_in_fp32():
+    module = lower(make(), torch.bfloat16, nothing)
+    masters, parts = Masters(module), []
+    for x in (torch.randn(3, 8), 1e-3 * torch.randn(3, 8)):
+        module(x.bfloat16()).sum().backward()
+        parts.append([p.grad.float() for p in module.parameters()])
+        masters.collect()
+    for master, first, second in zip(masters.weights.values(), *parts, strict=True):
+        assert torch.equal(master.grad, first + second)
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_steps_too_small_for_bf16_are_kept_by_the_masters():
+    module = lower(nn.Linear(1, 1, bias=False), torch.bfloat16, nothing)
+    nn.init.constant_(module.weight, 1.0)
+    masters = Masters(module)
+    for _ in range(100):
+        masters.weights["weight"].data.add_(1e-4)
+        masters.publish()
+    # 1 + 1e-4 rounds to 1 in bf16, whose spacing there is 1/128; a hundred of them to 1 + 1/128
+    assert masters.weights["weight"].item() == pytest.approx(1.01, abs=1e-5)
+    assert module.weight.item() == 1 + 1 / 128
+
+
+def test_frozen_parameters_have_no_master_and_travel_in_the_state():
+    module = make()
+    module[0].requires_grad_(False)
+    masters = Masters(lower(module, torch.bfloat16, is_norm))
+    assert set(masters.weights) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert set(masters.state_dict()) == set(module.state_dict())
+
+
+def test_state_restores_masters_exactly_and_the_module_rounded():
+    masters = Masters(lower(make(), torch.bfloat16, is_norm))
+    for weight in masters.weights.values():
+        weight.data.add_(1e-4)
+    masters.publish()
+    other = Masters(lower(make(), torch.bfloat16, is_norm))
+    other.load_state_dict({name: value.clone() for name, value in masters.state_dict().items()})
+    for name, weight in masters.weights.items():
+        assert torch.equal(other.weights[name], weight)
+    for ours, theirs in zip(other.module.parameters(), masters.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
