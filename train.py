@@ -19,6 +19,7 @@ def main(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from distill.recipes import Hardware
+    from distill.replicas import joined
     from distill.trainer import Trainer
 
     folder = Path(cfg.out, cfg.name)
@@ -28,9 +29,10 @@ def main(cfg: DictConfig) -> None:
     # every batch has one shape: let cuDNN look for its fastest convolutions
     torch.backends.cudnn.benchmark = True
     hardware = Hardware.named(cfg.device, precision=cfg.precision, compile=cfg.compile)
-    parts = instantiate(cfg.recipe)(hardware)
-    optims = {role: instantiate(optim) for role, optim in cfg.optims.items()}
-    Trainer(parts, optims=optims, plan=instantiate(cfg.plan), folder=folder).fit()
+    with joined(hardware.device):
+        parts = instantiate(cfg.recipe)(hardware)
+        optims = {role: instantiate(optim) for role, optim in cfg.optims.items()}
+        Trainer(parts, optims=optims, plan=instantiate(cfg.plan), folder=folder).fit()
 
 
 if __name__ == "__main__":

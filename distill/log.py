@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from distill.replicas import rank
+
 
 class Log:
     """Running means on the device, written every `every` steps; the device is waited for only then."""
@@ -18,7 +20,8 @@ class Log:
     def __init__(self, path: Path, every: int, device: torch.device):
         self.path, self.every, self.device = path, every, device
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.console = Console()
+        self.is_silent = rank() > 0
+        self.console = Console(quiet=self.is_silent)
         self.progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
@@ -26,7 +29,7 @@ class Log:
             TextColumn("{task.fields[line]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal or self.console.is_dumb_terminal,
+            disable=not self.console.is_terminal or self.console.is_dumb_terminal or self.is_silent,
         )
         self.task = self.progress.add_task("train", total=1.0, line="", step=0)
         self.sums: dict[str, Tensor] = {}
@@ -86,5 +89,7 @@ class Log:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Append one line to the file."""
+        if self.is_silent:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,5 +1,6 @@
 """What an experiment trains, put together: objective, data and outcome on one device."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,13 +43,16 @@ class Hardware:
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision}: choose {' or '.join(PRECISIONS)}")
         if device == "auto":
-            found = torch.accelerator.current_accelerator(check_available=True)
-            return cls(found or torch.device("cpu"), PRECISIONS[precision], mode)
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         try:
             chosen = torch.device(device)
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={device} is not to be had here: {error}") from error
+        if chosen.type != "cpu" and chosen.index is None and "LOCAL_RANK" in os.environ:
+            # each of the ranks that torchrun starts on a machine has its own
+            chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
+            torch.accelerator.set_device_index(chosen.index)
         return cls(chosen, PRECISIONS[precision], mode)
 
     def prepare(self, module: nn.Module, keep_fp32: Callable[[str], bool], units: list[nn.Module]) -> None:

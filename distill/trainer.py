@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distill import replicas
 from distill.checkpoint import TrainState, resume_run, save_run
 from distill.ema import PowerEMA
 from distill.interrupt import Interrupt
@@ -88,7 +89,7 @@ class Trainer:
         with self.log, Interrupt() as interrupt:
             while not self._is_done() and not interrupt.requested:
                 self.update()
-                self.state.seconds = before + time.perf_counter() - started
+                self._agree(before + time.perf_counter() - started, interrupt)
                 if not self._is_done():
                     self._on_the_way()
             self.save()
@@ -104,12 +105,13 @@ class Trainer:
         role = self.objective.turn(step)
         masters, optimizer = self.masters[role], self.state.optimizers[role]
         samples, updates = 0, self.state.updates[role]
-        for i in range(step * count, (step + 1) * count):
+        for i in replicas.numbers(step, count):
             for name, loss in self.objective.losses(self.data.batch(i), step, self._rng(i), self.log.watch):
                 (loss.mean() / count).backward()
                 masters.collect()
                 self.log.add(f"loss/{name}", loss)
-            samples += len(loss)
+            samples += len(loss) * replicas.world_size()
+        replicas.average(w.grad for w in masters.weights.values() if w.grad is not None)
         norm = nn.utils.clip_grad_norm_(list(masters.weights.values()), self.plan.max_grad_norm)
         # the one wait for the device in a step: the optimiser must not see a bad gradient
         if not norm.isfinite():
@@ -132,10 +134,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from which the run continues exactly."""
-        save_run(self.folder / "checkpoint", self.state, self._saved_networks())
+        if replicas.rank() == 0:
+            save_run(self.folder / "checkpoint", self.state, self._saved_networks())
 
     def report(self) -> None:
         """Measure the averaged networks, draw what they make, and write the files they ship as."""
+        if replicas.rank() > 0:
+            return
         averaged = {role: average.module for role, average in self.averages.items()}
         measures = self.outcome.measure(averaged)
         self.log.record(self.state.step, measures)
@@ -159,6 +164,11 @@ class Trainer:
                 variant=product.variant,
                 history=[*product.history, entry],
             )
+
+    def _agree(self, seconds: float, interrupt: Interrupt) -> None:
+        """Have every rank stop at the same step."""
+        self.state.seconds, requested = replicas.from_first([seconds, interrupt.requested], self.device)
+        interrupt.requested = bool(requested)
 
     def _is_done(self) -> bool:
         return self.plan.progress(self.state) >= 1
