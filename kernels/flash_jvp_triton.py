@@ -1,7 +1,8 @@
 """Triton kernels of kernels/flash_jvp.py: attention forward with its tangent in the same pass, and backward.
 
 Every tensor lies in memory tokens first, (B, L, N, D), as the model's projections leave it.  A program owns
-one head and one block of rows (or keys) and walks over the blocks of the other side.
+one head and one block of rows (or keys) and walks over the blocks of the other side.  They run on every GPU
+with tensor cores; on Hopper, kernels/flash_jvp_hopper.py takes the case that matters there.
 """
 
 import math
@@ -15,6 +16,9 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HEAD_WIDTHS = (32, 64, 128)
+# what the Hopper kernel takes, and the first Triton with Gluon as it is written in
+HOPPER_WIDTHS = (64, 128)
+HOPPER_TRITON = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # one compilation for every length, 1 included
 LENGTHS = ("L", "S", "N")
@@ -203,19 +207,45 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The twin of kernels.reference.attention, in q's dtype; lse in fp32."""
     _check(q, k, v)
-    (B, N, L, D), S = q.shape, k.shape[2]
-    has_tangent = any(x is not None for x in (dq, dk, dv))
-    q, k, v, dq, dk, dv = (_tokens_first(x) for x in (q, k, v, dq, dk, dv))
-    o = torch.empty_like(q)
-    do = torch.empty_like(q) if has_tangent else None
-    lse = torch.empty(B, N, L, dtype=torch.float32, device=q.device)
-    tile = tile_for("tangent" if has_tangent else "forward", q.dtype, _shared_bytes(q.device))
-    launch = options(tile, D, q.dtype)
-    with torch.cuda.device_of(q):
-        forward_kernel[triton.cdiv(L, tile.rows), B * N](
-            q, k, v, dq, dk, dv, o, do, lse, 1 / math.sqrt(D), L, S, N, **launch
-        )
+    tensors = [_tokens_first(x) for x in (q, k, v, dq, dk, dv)]
+    o, lse, do = run(tensors, form(tensors))
     return o.transpose(1, 2), lse, None if do is None else do.transpose(1, 2)
+
+
+def form(tensors: list[Tensor | None]) -> Tile | None:
+    """How packed q, k, v, dq, dk, dv (B, L or S, N, D) are run: by the kernel here, or Hopper's own: None."""
+    q, device = tensors[0], tensors[0].device
+    if (
+        q.is_cuda
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and q.dtype != torch.float32
+        and q.shape[-1] in HOPPER_WIDTHS
+        # its loads start at multiples of 16 bytes
+        and all(x is not None and x.data_ptr() % 16 == 0 for x in tensors)
+        and tuple(map(int, triton.__version__.split(".")[:2])) >= HOPPER_TRITON
+    ):
+        return None
+    has_tangent = any(x is not None for x in tensors[3:])
+    return tile_for("tangent" if has_tangent else "forward", q.dtype, _shared_bytes(device))
+
+
+def run(tensors: list[Tensor | None], tile: Tile | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o (B, L, N, D), lse (B, N, L) and do like o, of packed q, k, v, dq, dk, dv in the given form."""
+    q, k = tensors[:2]
+    (B, L, N, D), S = q.shape, k.shape[1]
+    o = torch.empty_like(q)
+    do = None if all(x is None for x in tensors[3:]) else torch.empty_like(q)
+    lse = torch.empty(B, N, L, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        if tile is None:
+            from kernels import flash_jvp_hopper
+
+            flash_jvp_hopper.launch(tensors, o, do, lse)
+        else:
+            sizes = (1 / math.sqrt(D), L, S, N)
+            grid = (triton.cdiv(L, tile.rows), B * N)
+            forward_kernel[grid](*tensors, o, do, lse, *sizes, **options(tile, D, q.dtype))
+    return o, lse, do
 
 
 def attention_backward(

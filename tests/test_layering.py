@@ -45,7 +45,7 @@ ALLOWED = {
         ERRORS,
     ),
     "evaluation": ("turbodiffusion",),
-    "tools": ("turbodiffusion", "distill.data"),
+    "tools": ("turbodiffusion", "kernels", "distill"),
 }
 
 

@@ -10,6 +10,8 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from kernels import flash_jvp_triton as flash  # noqa: E402
 
+GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= flash.HOPPER_TRITON
+
 # CUDA's programming guide, "technical specifications per compute capability": most bytes a block may use
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 ABSENT = {
@@ -64,3 +66,32 @@ def test_fp32_mode_multiplies_in_fp32(name: str) -> None:
     kernel = compile_kernel(name, 90, torch.float32, 64)
     assert kernel.metadata.shared <= SHARED_BYTES[90]
     assert "mma" not in kernel.asm["ptx"]
+
+
+def compile_for_hopper(dtype: torch.dtype, head_dim: int) -> CompiledKernel:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kernels import flash_jvp_hopper as hopper
+
+    kernel = hopper.tangent_kernel
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    tile = f"tensordesc<{element}[1,{hopper.TILE},{head_dim}],{hopper.tile_layout(head_dim, dtype)!r}>"
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32", "STAGES": "constexpr"}
+    signature |= {x: tile for x in kernel.arg_names if x.endswith("_desc")}
+    signature |= {x: f"*{element}" for x in kernel.arg_names if x.endswith("_ptr")} | {"lse_ptr": "*fp32"}
+    place = kernel.arg_names.index
+    aligned = {(place(x),): [["tt.divisibility", 16]] for x in ("o_ptr", "do_ptr", "lse_ptr")}
+    source = GluonASTSource(kernel, signature, {(place("STAGES"),): hopper.STAGES}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=hopper.LAUNCH)
+
+
+@pytest.mark.skipif(not GLUON, reason="this Triton is older than the Hopper kernel's language")
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float16, 64)])
+def test_hopper_kernel_fits_and_keeps_products_in_flight(dtype: torch.dtype, head_dim: int) -> None:
+    kernel = compile_for_hopper(dtype, head_dim)
+    assert kernel.metadata.shared <= SHARED_BYTES[90]
+    # two warp groups, and the loader's
+    assert kernel.metadata.num_warps == 12
+    # ptxas waits after every product where it cannot follow the waits that were asked for
+    waits = kernel.asm["ptx"].count("wgmma.wait_group")
+    assert kernel.asm["sass"].count("WARPGROUP.DEPBAR") == waits == 6

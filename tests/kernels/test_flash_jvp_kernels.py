@@ -12,14 +12,18 @@ from kernels.flash_jvp import attention
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BF16, FP32 = torch.bfloat16, torch.float32
 # rows, keys, head width.  One row or key, less than a block of any tile, one off a multiple of it
 SMALL = [(1, 1, 32), (17, 63, 32), (63, 1, 32), (1, 65, 32)]
-LARGE = [(999, 999, 128), (1024, 1024, 64), (1000, 515, 128), (200, 32760, 128)]
-SHAPES = SMALL + LARGE if torch.cuda.is_available() else SMALL
+LARGE = [(1, 64, 64), (63, 63, 128), (129, 65, 64), (999, 999, 128), (1024, 1024, 64), (1000, 515, 128)]
+SHAPES = [*SMALL, *LARGE, (200, 32760, 128)] if GPU else SMALL
 # every shape with every tangent, one shape with each choice of tangents; "q" is cross-attention's
-CASES = [(shape, "qkv") for shape in SHAPES] + [(SMALL[1], given) for given in ("q", "k", "v", "kv", "")]
-PRECISIONS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+CASES = [(BF16, shape, "qkv") for shape in SHAPES]
+CASES += [(BF16, SMALL[1], given) for given in ("q", "k", "v", "kv", "")]
+CASES += [(FP32, shape, "qkv") for shape in SMALL + [(129, 65, 64), (63, 515, 128)] * GPU]
+CASES += [(torch.float16, (999, 515, 64), "qkv")] * GPU
 
 
 @pytest.fixture(autouse=True)
@@ -64,19 +68,31 @@ def widen(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else x.double() for x in tensors]
 
 
-@pytest.mark.parametrize(("shape", "given"), CASES)
-@PRECISIONS
-def test_output_and_tangent(dtype: torch.dtype, shape: tuple[int, int, int], given: str) -> None:
+@pytest.mark.parametrize(
+    "portable", [False, True] if GPU else [True], ids=lambda x: "portable" if x else "own"
+)
+@pytest.mark.parametrize(("dtype", "shape", "given"), CASES)
+def test_output_and_tangent(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    given: str,
+    portable: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tensors = draw(shape, dtype, given)
+    if portable:
+        monkeypatch.setattr(flash_jvp_triton, "HOPPER_WIDTHS", ())
+    elif flash_jvp_triton.form([None if x is None else x.transpose(1, 2) for x in tensors]) is not None:
+        pytest.skip("this GPU has no kernel of its own for this case")
     o, lse, do = flash_jvp_triton.attention(*tensors)
     true_o, true_lse, true_do = reference.attention(*widen(tensors))
     plain_o, plain_do = plain(*tensors)
     # at most twice what PyTorch loses at this precision; where that is almost nothing (one key: o is v), one
-    # rounding of the result
-    rounding = torch.finfo(dtype).eps
+    # rounding of the result, and in fp32, where exponentials take part in it, a few
+    rounding = (4 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps
     assert error(o, true_o) <= max(2 * error(plain_o, true_o), rounding)
-    # scores are fp32 sums of exact products whatever the dtype
-    assert (lse - true_lse).abs().max() < 1e-5
+    # scores are fp32 sums of exact products whatever the dtype, up to a few dozen before they are scaled
+    assert (lse - true_lse).abs().max() < 2e-5
     assert (do is None) == (true_do is None)
     # with one key the weights cannot change: the tangents along q and k are zero
     if do is not None and true_do.norm() > 0:
@@ -95,8 +111,10 @@ def test_wider_heads_and_other_layouts(width: int) -> None:
     assert error(do, reference.attention(*widen(tensors))[2]) < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@PRECISIONS
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [*((dtype, shape) for dtype in (BF16, FP32) for shape in SMALL), *[(BF16, (999, 515, 128))] * GPU],
+)
 def test_gradients(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     primals = draw(shape, dtype)[:3]
     grad = torch.randn_like(primals[0])
