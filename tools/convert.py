@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tools.options import MISSING, parse
 from turbodiffusion.checkpoints.detect import open_checkpoint
-from turbodiffusion.checkpoints.export import check_destination, prepare, write
+from turbodiffusion.checkpoints.export import Export, check_destination, prepare, write
 from turbodiffusion.checkpoints.sources import Entry
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
@@ -57,16 +57,21 @@ def convert(options: Options) -> str:
     report = checkpoint.report
     check_destination(report.kind, dst, options.format.name)
     export = prepare(checkpoint, options.dtype and getattr(torch, options.dtype.name))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("tensors", total=len(export.entries))
-        entries = {name: _counted(e, lambda: progress.advance(task)) for name, e in export.entries.items()}
-        write(replace(export, entries=entries), dst, options.format.name, int(options.shard_gb * 1e9))
+    write_shown(export, dst, options.format.name, int(options.shard_gb * 1e9))
     size = sum(entry.nbytes for entry in export.entries.values()) / 1e9
     line = f"{report.path} ({report.format}) -> {dst} ({options.format.name})"
-    line += f": {len(entries)} tensors, {size:.3f} GB"
+    line += f": {len(export.entries)} tensors, {size:.3f} GB"
     if report.sampling and report.sampling.student and dst.suffix == ".pth":
         line += "; a .pth can not say that it is a student's: keep TurboWan or rcm in its name"
     return line
+
+
+def write_shown(export: Export, dst: Path, format: str, max_shard: int = 10 * 10**9) -> None:
+    """`export.write` behind a progress bar."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("tensors", total=len(export.entries))
+        entries = {name: _counted(e, lambda: progress.advance(task)) for name, e in export.entries.items()}
+        write(replace(export, entries=entries), dst, format, max_shard)
 
 
 def _counted(entry: Entry, tick: Callable[[], None]) -> Entry:

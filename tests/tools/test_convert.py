@@ -35,23 +35,6 @@ WHERE = {
 Run = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A tool and its words -> exit code and what it printed."""
-
-    def call(tool: object, *words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tool", *words])
-        code = 0
-        try:
-            tool.main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return call
-
-
 def write_network(path: Path, task: str = "t2v", *, student: bool = False) -> WanModel:
     variant, channels = TASKS[task]
     network = WanModel(**SIZES, **channels)
