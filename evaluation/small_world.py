@@ -6,14 +6,12 @@
 These figures are about the small world and nothing else.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -22,58 +20,75 @@ from torch import Tensor
 
 from evaluation.oracle import Oracle, Reading, accuracy
 from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
-from turbodiffusion.errors import UserError
+from turbodiffusion.cli import one_sentence
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
 from turbodiffusion.pipelines.schedule import choose_sampler
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.small_world.captions import Prompt, held_out_prompts
 from turbodiffusion.small_world.clips import draw_scenes, render
 from turbodiffusion.small_world.sprites import Sprites, load_sprites
+from turbodiffusion.variants import Sampling
 
 ATTRIBUTES = ("subject", "motion", "background")
 
 
 @dataclass
-class Options:
-    """The command line."""
+class Setting:
+    """What every score of the small world's models rests on; sample j has seed + j."""
 
-    ckpt: str = "assets/wan_tiny.safetensors"
     vae: str = "assets/vae_tiny.safetensors"
     text_encoder: str = "assets/text_tiny.safetensors"
     count: int = 512
     split: str = "held_out_combinations"
-    image: bool = False
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str = "auto"
     batch: int = 32
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "bfloat16"
+
+
+@dataclass
+class Options(Setting):
+    """The command line."""
+
+    ckpt: str = "assets/wan_tiny.safetensors"
+    image: bool = False
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str = "auto"
     sheet: str | None = None  # a PNG of the first clips
+
+
+def load_models(setting: Setting, ckpt: str) -> tuple[Models, Sampling]:
+    """A network with the setting's VAE and text encoder, and how it wants to be sampled."""
+    device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
+    loaded = load_network(ckpt, device=device, dtype=dtype)
+    models = Models(
+        network=loaded.network,
+        vae=load_vae(setting.vae, device=device, dtype=dtype),
+        text_encoder=load_text_encoder(setting.text_encoder, device=device, dtype=dtype),
+    )
+    return models, loaded.sampling
 
 
 def load_pipeline(options: Options) -> Pipeline:
     """The models named on the command line, with their sampling defaults overridden by it."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    loaded = load_network(options.ckpt, device=device, dtype=dtype)
-    models = Models(
-        network=loaded.network,
-        vae=load_vae(options.vae, device=device, dtype=dtype),
-        text_encoder=load_text_encoder(options.text_encoder, device=device, dtype=dtype),
-    )
-    sampling = choose_sampler(loaded.sampling, options.sampler, "i2v" if options.image else "t2v")
+    models, sampling = load_models(options, options.ckpt)
+    sampling = choose_sampler(sampling, options.sampler, "i2v" if options.image else "t2v")
     given = {
         name: getattr(options, name) for name in ("steps", "guidance") if getattr(options, name) is not None
     }
-    return Pipeline(models, replace(sampling, **given), device=device)
+    return Pipeline(models, replace(sampling, **given), device=torch.device(options.device))
+
+
+def wanted(prompts: list[Prompt]) -> Tensor:
+    """What prompts ask for, (B, 3) int64: subject, motion, background."""
+    return torch.tensor([[getattr(prompt, name) for name in ATTRIBUTES] for prompt in prompts])
 
 
 def first_frames(prompts: list[Prompt], sprites: Sprites, seed: int) -> Tensor:
     """First frames (B, 3, 128, 128) of rendered clips that show what the prompts say."""
     scenes = draw_scenes(len(prompts), torch.Generator().manual_seed(seed))
-    for name in ATTRIBUTES:
-        setattr(scenes, name, torch.tensor([getattr(prompt, name) for prompt in prompts]))
+    scenes.subject, scenes.motion, scenes.background = wanted(prompts).T
     return render(scenes, sprites)[:, :, 0]
 
 
@@ -116,19 +131,16 @@ def measure(options: Options) -> Table:
     )
     table.add_column("attribute")
     table.add_column("accuracy", justify="right")
-    truth = torch.tensor([[getattr(prompt, name) for name in ATTRIBUTES] for prompt in prompts])
-    for name, value in asdict(accuracy(readings, truth)).items():
+    for name, value in asdict(accuracy(readings, wanted(prompts))).items():
         table.add_row(name.replace("_", " "), f"{100 * value:.1f} %")
     return table
 
 
 def main() -> None:
     """Read key=value options from the command line and print the table."""
-    try:
+    with one_sentence():
         options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        Console(width=120).print(measure(Options(**options)))
-    except (UserError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+        Console(width=120).print(measure(OmegaConf.to_object(options)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,254 @@
+"""Students beside their teacher, over numbers of steps: one table for the small world.
+
+    python -m evaluation.students ckpts=[rcm:a.safetensors,b.safetensors,dmd:c.safetensors] dst=DIR
+                                  [steps=[1,2,4]] [count=512] [seeds=16] [batch=64]
+
+`name:file` begins a group of training seeds, which the files after it join; a file before any is alone.
+Every model answers the same held-out prompts from the same noise, each once, then the first few `seeds`
+times.  The teacher does so again from other noise: what distance and diversity come to between equals.  DIR
+gets students.md and students.json.
+
+accuracy    share of clips that the oracle reads as asked for (`evaluation/oracle.py`)
+distance    Frechet distance to the teacher's clips (`evaluation/distribution.py`)
+diversity   mean distance between the features of one prompt's clips, over the teacher's
+latent MSE  to the teacher's latents from the same noise
+seconds     of denoising for one clip, at this batch; the median
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain, product
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+from omegaconf import MISSING, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from evaluation.distribution import COARSE, FINE, features, frechet_distance, spread
+from evaluation.oracle import Oracle, Reading, accuracy
+from evaluation.small_world import Setting, load_models, wanted
+from turbodiffusion.checkpoints import LoadedNetwork, load_network
+from turbodiffusion.checkpoints.files import appearing
+from turbodiffusion.checkpoints.saving import write_json
+from turbodiffusion.cli import one_sentence
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.wan import WanModel
+from turbodiffusion.pipelines.generate import Clip, Encoded, Pipeline, Watch
+from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.small_world.captions import held_out_prompts
+from turbodiffusion.small_world.sprites import load_sprites
+from turbodiffusion.variants import Sampling
+
+
+@dataclass
+class Options(Setting):
+    """The command line."""
+
+    ckpts: list[str] = MISSING
+    dst: str = MISSING
+    teacher: str = "assets/wan_tiny.safetensors"
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    teacher_steps: int = 50
+    seeds: int = 16
+    diversity_prompts: int = 16
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model at one number of steps.  distance: None of too few clips."""
+
+    subject: float
+    motion: float
+    background: float
+    all_three: float
+    distance: float | None
+    diversity: float
+    latent_mse: float
+    seconds: float
+
+
+# heading, factor and decimals of each score
+_COLUMNS = {
+    "subject": ("subject %", 100, 1),
+    "motion": ("motion %", 100, 1),
+    "background": ("background %", 100, 1),
+    "all_three": ("all three %", 100, 1),
+    "distance": ("Frechet distance", 1, 4),
+    "diversity": ("diversity", 1, 3),
+    "latent_mse": ("latent MSE", 1, 3),
+    "seconds": ("seconds", 1, 4),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a score sheet for each training seed."""
+
+    model: str
+    steps: int
+    files: list[str]
+    runs: list[Scores]
+
+    def line(self) -> str:
+        """In Markdown; mean and standard deviation where there are several."""
+        cells = [self.model, str(self.steps)]
+        for score in fields(Scores):
+            values = [getattr(run, score.name) for run in self.runs]
+            _, factor, decimals = _COLUMNS[score.name]
+            if None in values:
+                cells.append("n/a")
+                continue
+            error = f" ± {factor * stdev(values):.{decimals}f}" if len(values) > 1 else ""
+            cells.append(f"{factor * mean(values):.{decimals}f}{error}")
+        return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked: one question a row of prompts and a seed; the first `count` once each.
+
+    encoded: the contexts of all `count` prompts.  rows: (M,) int64, which of them.  truth: (count, 3) int64.
+    """
+
+    encoded: Encoded
+    truth: Tensor
+    rows: Tensor
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """latents (M, z, T, h, w) fp32, readings of the first `count`, and seconds a clip."""
+
+    latents: Tensor
+    readings: list[Reading]
+    seconds: float
+
+
+def groups(words: Sequence[str]) -> dict[str, list[str]]:
+    """The files of each group; `name:file` begins one or adds to it, and files without a name follow it."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        begun, colon, file = word.rpartition(":")
+        name = begun or name
+        found.setdefault(name or word, []).append(file if colon else word)
+    return found
+
+
+def ask(pipeline: Pipeline, options: Options) -> Questions:
+    """The questions, with texts encoded once for all models."""
+    few, seeds, count = options.diversity_prompts, options.seeds, options.count
+    if not 1 <= few <= count or seeds < 2:
+        raise UserError(
+            f"diversity needs 2 seeds or more of 1 to count={count} prompts; got seeds={seeds} and "
+            f"diversity_prompts={few}"
+        )
+    prompts = held_out_prompts(count, options.split)
+    size = Size(*map(int, pipeline.sampling.size.split("x")))
+    clip = Clip(prompts=[prompt.text for prompt in prompts], size=size, frames=pipeline.sampling.frames)
+    rows = torch.cat((torch.arange(count), torch.arange(few).repeat_interleave(seeds)))
+    encoded = pipeline.encode(clip, Watch(pipeline.device))
+    return Questions(encoded, wanted(prompts), rows, [options.seed + i for i in range(len(rows))])
+
+
+def answer(pipeline: Pipeline, questions: Questions, oracle: Oracle, batch: int) -> Answers:
+    """Sample, decode and read, batch by batch.  Clips for diversity alone are not decoded."""
+    latents: list[Tensor] = []
+    readings: list[Reading] = []
+    seconds: list[float] = []
+    parts = torch.arange(len(questions.rows)).split(batch)
+    said = f"{pipeline.sampling.sampler}, {pipeline.sampling.steps} steps"
+    for part in track(parts, said, console=Console(stderr=True), transient=True):
+        watch, encoded = Watch(pipeline.device), questions.encoded
+        encoded = replace(encoded, context=encoded.context[questions.rows[part]])
+        latents.append(pipeline.denoise(encoded, [questions.seeds[i] for i in part], watch).float())
+        seconds.append(watch.seconds["denoise"] / len(part))
+        if len(judged := latents[-1][: max(0, len(questions.truth) - int(part[0]))]):
+            readings += oracle.read(pipeline.decode(judged, watch))
+    return Answers(torch.cat(latents), readings, median(seconds))
+
+
+def score(answers: Answers, teachers: Answers, questions: Questions) -> Scores:
+    """Answers against the truth and the teacher's answers to the same questions."""
+    count, prompts = len(questions.truth), int(questions.rows[-1]) + 1
+    once, often = zip(*((a.latents[:count], a.latents[count:]) for a in (answers, teachers)), strict=True)
+    coarse = [features(latents, COARSE) for latents in once]
+    spreads = [spread(features(latents, FINE).unflatten(0, (prompts, -1))) for latents in often]
+    return Scores(
+        **asdict(accuracy(answers.readings, questions.truth)),
+        distance=frechet_distance(*coarse) if count > coarse[0].shape[1] else None,
+        diversity=spreads[0] / spreads[1],
+        latent_mse=float((once[0] - once[1]).square().mean()),
+        seconds=answers.seconds,
+    )
+
+
+def load_students(options: Options, teacher: WanModel) -> dict[str, list[LoadedNetwork]]:
+    """Every group's networks; UserError for one that can not stand in for the teacher."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    found = {
+        name: [load_network(file, device=device, dtype=dtype) for file in files]
+        for name, files in groups(options.ckpts).items()
+    }
+    for each, size in product(chain(*found.values()), ("in_channels", "text_dim")):
+        if (got := each.network.config[size]) != (wants := teacher.config[size]):
+            raise UserError(f"{each.report.path} has {size} {got} but its teacher has {wants}; give its own")
+    return found
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """The rows of the table.  Whatever can not be loaded is refused before anything is sampled."""
+    device = torch.device(options.device)
+    models, sampling = load_models(options, options.teacher)
+    students = load_students(options, models.network)
+
+    def pipeline(network: WanModel, sampling: Sampling, steps: int) -> Pipeline:
+        return Pipeline(replace(models, network=network), replace(sampling, steps=steps), device=device)
+
+    teacher = pipeline(models.network, sampling, options.teacher_steps)
+    oracle, questions = Oracle(load_sprites().to(device)), ask(teacher, options)
+    truth = answer(teacher, questions, oracle, options.batch)
+
+    def scores(pipeline: Pipeline, questions: Questions = questions) -> Scores:
+        return score(answer(pipeline, questions, oracle, options.batch), truth, questions)
+
+    yield Row("teacher", options.teacher_steps, [options.teacher], [score(truth, truth, questions)])
+    others = replace(questions, seeds=[seed + len(questions.seeds) for seed in questions.seeds])
+    yield Row("teacher, other noise", options.teacher_steps, [options.teacher], [scores(teacher, others)])
+    for steps in options.steps:
+        runs = [scores(pipeline(models.network, sampling, steps))]
+        yield Row("teacher", steps, [options.teacher], runs)
+    for name, loaded in students.items():
+        for steps in options.steps:
+            runs = [scores(pipeline(each.network, each.sampling, steps)) for each in loaded]
+            yield Row(name, steps, [str(each.report.path) for each in loaded], runs)
+
+
+def report(options: Options, console: Console) -> None:
+    """Print and write the table, line by line."""
+    folder, rows = Path(options.dst).expanduser(), []
+    headings = ["model", "steps", *(_COLUMNS[each.name][0] for each in fields(Scores))]
+    lines = [f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
+    for row in measure(options):
+        rows.append(asdict(row))
+        lines.append(row.line())
+        console.print("\n".join(lines[-1:] if rows[1:] else lines), markup=False, soft_wrap=True)
+        write_json(folder / "students.json", {"options": asdict(options), "rows": rows})
+        with appearing(folder / "students.md") as part:
+            part.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Read key=value options from the command line."""
+    with one_sentence():
+        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
+        report(OmegaConf.to_object(options), Console())
+
+
+if __name__ == "__main__":
+    main()
