@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from distill.objective import Watch, unwatched
 from distill.rectified_flow import Velocity, add_noise, expand, predict_x0, squared_distance
 from turbodiffusion.samplers.time import rf_to_trig
 
@@ -21,16 +22,29 @@ class DCMLoss:
     skip_nonfinite: bool = False
 
     def __call__(
-        self, student: Velocity, teacher: Velocity, x0: Tensor, noise: Tensor, times: Tensor
+        self,
+        student: Velocity,
+        teacher: Velocity,
+        x0: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        step: int = 0,
+        *,
+        watch: Watch = unwatched,
     ) -> Tensor:
-        """(B,) fp64; x0, noise (B, C, T, h, w); the teacher walks down times (K + 1, B), K >= 1."""
+        """(B,) fp64; x0, noise (B, C, T, h, w); the teacher walks down times (K + 1, B), K >= 1.
+
+        step is that of `SCMLoss`, and of no account here; watch is told "dcm/distance", the loss's root.
+        """
         x = start = add_noise(x0, noise, times[0])
         with torch.no_grad():
             for s, s_next in pairwise(times):
                 x = trig_euler(teacher, x, s, s_next)
             target = predict_x0(student, x, times[-1])
         prediction = predict_x0(student, start, times[0])
-        return squared_distance(prediction, target, skip_nonfinite=self.skip_nonfinite)
+        loss = squared_distance(prediction, target, skip_nonfinite=self.skip_nonfinite)
+        watch("dcm/distance", loss.detach().sqrt(), times[0])
+        return loss
 
 
 def trig_euler(velocity: Velocity, x: Tensor, s: Tensor, s_next: Tensor) -> Tensor:

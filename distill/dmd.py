@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distill.rectified_flow import Velocity, Watch, add_noise, expand, norm, predict_x0, squared_distance
+from distill.objective import Watch, unwatched
+from distill.rectified_flow import Velocity, add_noise, expand, norm, predict_x0, squared_distance
 
 SMALLEST_SCALE = 1e-5
 
@@ -45,7 +46,7 @@ class DMDLoss:
         noise: Tensor,
         s: Tensor,
         *,
-        watch: Watch | None = None,
+        watch: Watch = unwatched,
     ) -> Tensor:
         """(B,) fp64; x0 (B, C, T, h, w) is the student's, with its graph; noise alike, at times s (B,).
 
@@ -57,9 +58,8 @@ class DMDLoss:
             real, fake = (predict_x0(network, x, s) for network in (teacher, critic))
             scale = (made - real).abs().flatten(1).mean(1).clamp_min(SMALLEST_SCALE)
             delta = (fake - real) / expand(scale, x)
-        if watch is not None:
-            watch("dmd/delta", norm(delta) / delta[0].numel() ** 0.5)
-            watch("dmd/scale", scale)
+        watch("dmd/delta", norm(delta) / delta[0].numel() ** 0.5, s)
+        watch("dmd/scale", scale, s)
         return squared_distance(x0.double(), made - delta, skip_nonfinite=self.skip_nonfinite)
 
 

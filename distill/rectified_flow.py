@@ -9,7 +9,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, s) -> noise - x0, alike
-Watch = Callable[[str, Tensor], None]  # told a name and one number a sample (B,)
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

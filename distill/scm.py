@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.jvp import jvp
-from distill.rectified_flow import Velocity, Watch, add_noise, expand, norm, squared_distance
+from distill.objective import Watch, unwatched
+from distill.rectified_flow import Velocity, add_noise, expand, norm, squared_distance
 from turbodiffusion.errors import UserError
 
 WARMUPS = ("code", "paper")
@@ -63,7 +64,7 @@ class SCMLoss:
         s: Tensor,
         step: int,
         *,
-        watch: Watch | None = None,
+        watch: Watch = unwatched,
     ) -> Tensor:
         """(B,) fp64 at times s (B,) and update `step`; x0, noise (B, C, T, h, w).
 
@@ -77,8 +78,7 @@ class SCMLoss:
         v = student(x, s).double()
         tangent = Tangent(target - v.detach(), drift, x)
         g = self._g(tangent, expand(s, x), step)
-        if watch is not None:
-            _report(watch, tangent, g, expand(s, x))
+        _report(watch, tangent, g, s)
         direction = g / (expand(norm(g), g) + self.offset)
         F_student = _n(expand(s, x)) * v  # but for a term in x, which the difference cancels
         return squared_distance(F_student, F_student + direction, skip_nonfinite=self.skip_nonfinite)
@@ -108,7 +108,8 @@ def _n(s: Tensor) -> Tensor:
 
 
 def _report(watch: Watch, tangent: Tangent, g: Tensor, s: Tensor) -> None:
-    watch("scm/g", norm(g))
-    watch("scm/drift", norm((1 - s) * _n(s) * s * tangent.drift))
-    watch("scm/gap", norm(_n(s) * tangent.gap))
-    watch("scm/cosine", F.cosine_similarity(g.flatten(1), tangent.gap.flatten(1)))
+    n = _n(s)
+    watch("scm/g", norm(g), s)
+    watch("scm/drift", (1 - s) * n * s * norm(tangent.drift), s)
+    watch("scm/gap", n * norm(tangent.gap), s)
+    watch("scm/cosine", F.cosine_similarity(g.flatten(1), tangent.gap.flatten(1)), s)

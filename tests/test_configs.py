@@ -39,7 +39,7 @@ def test_experiment_composes_and_resolves(experiment: str, debug: str):
         assert callable(instantiate(cfg.recipe))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", ["vae_tiny", "text_tiny", "teacher_tiny", "teacher_tiny_i2v"])
 def test_networks_have_the_expected_size(experiment: str):
     built = networks(composed(experiment))
     assert built

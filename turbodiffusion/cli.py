@@ -155,6 +155,8 @@ def _exit(sentence: str, code: int) -> NoReturn:
 
 
 def _config_sentence(error: Exception, names: Collection[str]) -> str:
+    if isinstance(error.__cause__, UserError):  # raised by what Hydra was building
+        return str(error.__cause__)
     text = str(error).strip()
     if unknown := re.match(r"Could not override '([^']+)'", text):
         return f"There is no option {unknown[1]!r}{near(unknown[1], names)}."

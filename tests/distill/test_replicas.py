@@ -30,8 +30,8 @@ def test_two_ranks_train_as_one_that_accumulates_their_batches(tmp_path: Path):
     for name in ("reader", "reader_ema"):
         ours, theirs = (load_file(run / f"{name}.safetensors") for run in (together, alone))
         for key, weight in theirs.items():
-            # the same two gradients, averaged in fp32 in another order; Adam's first steps divide by their size,
-            # so where one is near zero rounding decides its direction: at most lr = 1e-3 a step
+            # the same two gradients, averaged in fp32 in another order; Adam's first steps divide by their
+            # size, so where one is near zero rounding decides its direction: at most lr = 1e-3 a step
             close = torch.isclose(ours[key], weight, rtol=1e-5, atol=1e-6)
             assert close.float().mean() > 0.99, key
     log = (tmp_path / "together" / "text_tiny" / "log.jsonl").read_text().splitlines()

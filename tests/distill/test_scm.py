@@ -135,7 +135,8 @@ def test_no_warmup_is_the_end_of_any():
 
 def test_normalisation_leaves_g_over_g_plus_offset():
     drawn, seen = draw(), {}
-    loss = SCMLoss(offset=0.1)(curved, teacher, *drawn, 0, watch=seen.__setitem__)
+    watch = lambda name, values, times: seen.update({name: values})  # noqa: E731
+    loss = SCMLoss(offset=0.1)(curved, teacher, *drawn, 0, watch=watch)
     g = trigflow_g(curved, drawn, 1.0, 1.0).flatten(1).norm(dim=1)
     # fp64 rounding
     torch.testing.assert_close(seen["scm/g"], g, atol=1e-12, rtol=1e-12)
@@ -166,7 +167,7 @@ def test_finite_difference_on_a_wan_model_errs_by_the_curvature_of_its_fastest_c
         student = Denoiser(network=network, context=text)
         guided = Denoiser(network=network, context=text, negative=negative, guidance=5.0)
         seen = {}
-        loss(student, guided, *drawn, 0, watch=seen.__setitem__)
+        loss(student, guided, *drawn, 0, watch=lambda name, values, times: seen.update({name: values}))
         return seen["scm/drift"]
 
     exact = drift(SCMLoss())

@@ -32,11 +32,13 @@ class Network(Protocol):
 class Denoiser:
     """x (B, C, T, H, W), s () -> velocity like x.  Tensors given here have B rows, or one for all.
 
+    In training s may be one time a sample, (B,), and carry a tangent like x: with neither experts nor a first
+    frame.
+
     guidance g: v = v_negative + g (v_context - v_negative); 1 runs the context alone and needs no negative.
     network_low takes over from network while s < boundary (Wan2.2's experts), with a guidance of its own.
     first_frame: the clean latent frame a video starts with (TI2V).  The network sees it in place of x's own,
     at timestep 0, and the velocity returned there leads straight to it, so samplers need not know of it.
-    joint runs both halves of guidance as one batch: fewer launches, twice the activations.
     """
 
     network: Network
@@ -50,7 +52,6 @@ class Denoiser:
     clip: Tensor | None = None  # (B, tokens, width)
     first_frame: Tensor | None = None  # (B, C, 1, H, W)
     timesteps: str = "float"  # a rule of time.TIMESTEP_RULES
-    joint: bool = False
 
     def __post_init__(self):
         if (self.network_low is None) != (self.boundary is None):
@@ -73,14 +74,10 @@ class Denoiser:
     def _guided(self, x: Tensor, s: Tensor) -> Tensor:
         network, guidance = self._expert(s)
         timesteps = self._timesteps(x, s)
+        positive = self._run(network, x, timesteps, self.context)
         if guidance == 1:
-            return self._run(network, x, timesteps, [self.context])
-        texts = [self.negative, self.context]
-        if self.joint:
-            negative, positive = self._run(network, x, timesteps, texts).chunk(2)
-        else:
-            negative, positive = (self._run(network, x, timesteps, [text]) for text in texts)
-        return negative.lerp(positive, guidance)
+            return positive
+        return self._run(network, x, timesteps, self.negative).lerp(positive, guidance)
 
     def _expert(self, s: Tensor) -> tuple[Network, float]:
         if self.network_low is None or s >= self.boundary:
@@ -98,23 +95,14 @@ class Denoiser:
         tokens[:, :per_frame] = 0
         return tokens
 
-    def _run(self, network: Network, x: Tensor, timesteps: Tensor, texts: list[Tensor]) -> Tensor:
-        """One forward over a copy of x per text, (len(texts) * B, C, T, H, W), in x's dtype."""
+    def _run(self, network: Network, x: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """One forward, in x's dtype."""
 
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.expand(len(x), *tensor.shape[1:])
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.expand(len(x), *tensor.shape[1:])
 
-        def copies(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.cat([rows(tensor)] * len(texts))
-
-        velocity = network(
-            copies(x),
-            copies(timesteps),
-            torch.cat([rows(text) for text in texts]),
-            condition=copies(self.condition),
-            clip=copies(self.clip),
-        )
-        return velocity.to(x.dtype)
+        condition, clip = rows(self.condition), rows(self.clip)
+        return network(x, timesteps, rows(text), condition=condition, clip=clip).to(x.dtype)
 
 
 def experts_used(times: Tensor, boundary: float) -> tuple[str, ...]:
