@@ -5,33 +5,35 @@ Shapes: B clips, C latent channels, T h w latent frames, height, width; F H W fr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from distill.conditioning import Example, Material
 from distill.objective import Product
-from distill.precision import halved
 from distill.rcm import RCM
 from turbodiffusion.checkpoints import LoadedNetwork
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.samplers.few_step import sample_rcm
 from turbodiffusion.samplers.noise import SampleNoise
-from turbodiffusion.samplers.ode import as_state, predict_x0, sample_unipc
-from turbodiffusion.samplers.time import rf_to_sigma, shifted_times, student_times
+from turbodiffusion.samplers.ode import as_state, sample_unipc
+from turbodiffusion.samplers.time import shifted_times, student_times
 
 STEPS = (1, 2, 4)
-Answer = Callable[[Tensor, Tensor], Tensor]  # (state, time s) -> x0
+Pair = tuple[Tensor, Tensor]  # latents (B, C, T, h, w) of the same prompts from first and from other noise
+Sampler = Callable[[Example, SampleNoise], Tensor]
 
 
 @dataclass(frozen=True)
 class Students:
-    """Judged by the mean squared error of latents to an ideal student with the same noise.
+    """Judged by the energy score (Gneiting and Raftery, 2007) against the teacher's clips of the prompts.
 
-    The ideal student answers each of its steps by the teacher's path from there to the end, in teacher_steps
-    (None: as many as the teacher asks for); at one step it makes what the teacher makes.  The yardstick is
-    the teacher itself at as few steps as the student.
+    |made - teacher's| - |made - made again| / 2, in units of a latent value, each term a mean over prompts:
+    in expectation it is least for whoever makes the teacher's distribution, and a blurred mean, which the
+    squared error prefers, scores worse.  The teacher at teacher_steps (None: as many as it asks for) scores
+    the least there is.  The yardsticks are the teacher at as few steps, and an untrained student: the
+    teacher's weights in the student's sampler.
     """
 
     objective: RCM
@@ -43,99 +45,98 @@ class Students:
 
     @torch.no_grad()
     def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
-        """ "mse/student_N" and "mse/teacher_N" at N steps; nothing without clips to show."""
+        """energy/WHO_N at N steps, and mse/student_N to the teacher from the same noise."""
         if not self.material.shown:
             return {}
-        made = self._student(networks["student"])
-        errors = {f"mse/student_{n}": _mse(made[n], self._ideal[n]) for n in STEPS}
-        return errors | {f"mse/teacher_{n}": _mse(self._hasty[n], self._ideal[1]) for n in STEPS}
+        truth, _ = self._teacher[self._steps]
+        made = {n: self._student(networks["student"], n) for n in STEPS}
+        scores = {f"energy/student_{n}": _energy(pair, truth) for n, pair in made.items()}
+        scores |= {f"energy/untrained_{n}": _energy(pair, truth) for n, pair in self._untrained.items()}
+        scores |= {f"energy/teacher_{n}": _energy(pair, truth) for n, pair in self._teacher.items()}
+        return scores | {f"mse/student_{n}": _mse(first, truth) for n, (first, _) in made.items()}
 
     def verdict(self, measures: dict[str, float]) -> str | None:
-        """One line on those measures; below 1 the student is the worse of the two."""
+        """One line on those measures."""
         if not measures:
             return None
-        n, steps = STEPS[-1], self._steps
-        ratio = measures[f"mse/teacher_{n}"] / measures[f"mse/student_{n}"]
+        whos = ("student_4", "untrained_4", "teacher_4", f"teacher_{self._steps}")
+        student, untrained, hasty, best = (measures[f"energy/{who}"] for who in whos)
+        word = "beats" if student < min(untrained, hasty) else "does not beat"
         return (
-            f"the student at {n} steps is {ratio:.2f} times as close to an ideal one as the teacher at {n} "
-            f"is to its own {steps}"
+            f"at 4 steps the student {word} its teacher: energy score {student:.3f}; the teacher's "
+            f"{hasty:.3f}, {untrained:.3f} in the student's sampler, and {best:.3f} at {self._steps} steps "
+            "(less is better)"
         )
 
     @torch.no_grad()
     def preview(self, networks: dict[str, nn.Module]) -> Tensor | None:
-        """Rows: the teacher, then the student at 1, 2 and 4 steps."""
+        """Rows: the teacher, then the student at 1, 2 and 4 steps, all from the same noise."""
         if not self.material.shown or self.material.vae is None:
             return None
-        made = self._student(networks["student"])
-        rows = [self._ideal[1], *(made[n] for n in STEPS)]
-        return torch.stack([self.material.vae.decode(row.float(), chunk=None) for row in rows])
+        rows = [self._teacher[self._steps], *(self._student(networks["student"], n) for n in STEPS)]
+        return torch.stack([self.material.vae.decode(first.float(), chunk=None) for first, _ in rows])
 
     def products(self, networks: dict[str, nn.Module]) -> list[Product]:
         sampling = self.teacher.sampling.as_student(self.sigma_max, self.objective.method.timesteps)
         metadata = self.teacher.report.metadata
         history = list(metadata.history) if metadata else []
-        stored = halved(networks["student"], WanModel.is_fp32)
-        return [Product(self.file, stored, self.teacher.variant.name, sampling, history)]
+        student, name = networks["student"], self.teacher.variant.name
+        return [Product(self.file, student, name, sampling, history, WanModel.is_fp32)]
 
     @property
     def _steps(self) -> int:
         return self.teacher_steps or self.teacher.sampling.steps
 
-    def _student(self, network: nn.Module) -> dict[int, Tensor]:
-        def answer(example: Example) -> Answer:
-            return partial(predict_x0, self.objective.view(network, example))
+    def _student(self, network: nn.Module, steps: int) -> Pair:
+        times = student_times(steps, self.sigma_max)
 
-        return self._chains(answer)
+        def sample(example: Example, noise: SampleNoise) -> Tensor:
+            return sample_rcm(self.objective.view(network, example), noise.draw(), times, noise.draw)
 
-    @cached_property
-    def _ideal(self) -> dict[int, Tensor]:
-        """Of the ideal student; it never changes."""
-
-        def answer(example: Example) -> Answer:
-            return partial(self._follow, example, self._steps)
-
-        return self._chains(answer)
+        return self._pair(sample)
 
     @cached_property
-    def _hasty(self) -> dict[int, Tensor]:
-        """The teacher's at few steps."""
-        start = student_times(1, self.sigma_max)[0]
-        made = {}
-        for n in STEPS:
-            parts = [
-                self._follow(e, n, start * as_state(_noise(e).draw()), start) for e in self.material.shown
-            ]
-            made[n] = torch.cat(parts)
-        return made
+    def _untrained(self) -> dict[int, Pair]:
+        return {n: self._student(self.objective.teacher, n) for n in STEPS}
 
-    def _follow(self, example: Example, steps: int, x: Tensor, s: Tensor) -> Tensor:
-        """x0 at the end of the teacher's path from state x at time s."""
-        times = shifted_times(steps, self.teacher.sampling.shift, sigma_max=rf_to_sigma(s).item())
-        return sample_unipc(self.objective.guided(example), x, times)
+    @cached_property
+    def _teacher(self) -> dict[int, Pair]:
+        """By its number of steps; it never changes."""
+        return {n: self._pair(self._teacher_sampler(n)) for n in (*STEPS, self._steps)}
 
-    def _chains(self, answer_for: Callable[[Example], Answer]) -> dict[int, Tensor]:
-        """Latents (B, C, T, h, w) of a student that answers so, by its number of steps.
+    def _teacher_sampler(self, steps: int) -> Sampler:
+        times = shifted_times(steps, self.teacher.sampling.shift, sigma_max=self.sigma_max)
 
-        A short chain is the beginning of a longer one, with the same noise: the longest holds them all.
-        """
-        chains = [self._chain(answer_for(example), _noise(example)) for example in self.material.shown]
-        return {n: torch.cat([chain[n - 1] for chain in chains]) for n in STEPS}
+        def sample(example: Example, noise: SampleNoise) -> Tensor:
+            start = times[0].item() * as_state(noise.draw())
+            return sample_unipc(self.objective.guided(example), start, times)
 
-    def _chain(self, answer: Answer, noise: SampleNoise) -> list[Tensor]:
-        answers = []
+        return sample
 
-        def velocity(x: Tensor, s: Tensor) -> Tensor:
-            answers.append(answer(x, s))
-            return (x - answers[-1]) / s.item()
-
-        sample_rcm(velocity, noise.draw(), student_times(STEPS[-1], self.sigma_max), noise.draw)
-        return answers
+    def _pair(self, sample: Sampler) -> Pair:
+        first, other = (
+            torch.cat([sample(example, _noise(example, offset)) for example in self.material.shown])
+            for offset in (0, 1)
+        )
+        return first, other
 
 
-def _noise(example: Example) -> SampleNoise:
-    """The noise of an example's clips; always the same."""
-    latents = example.latents
-    return SampleNoise(range(len(latents)), latents.shape[1:], device=latents.device)
+def _noise(example: Example, offset: int) -> SampleNoise:
+    """Noise of an example's clips, always the same; another for another offset."""
+    latents, count = example.latents, len(example.latents)
+    seeds = range(offset * count, (offset + 1) * count)
+    return SampleNoise(seeds, latents.shape[1:], device=latents.device)
+
+
+def _energy(made: Pair, truth: Tensor) -> float:
+    """Of the clips from other noise than the truth's, which are independent of it."""
+    first, again = made
+    return _distance(again, truth) - _distance(again, first) / 2
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Mean length of the differences, a value of the latents."""
+    return ((a - b).double().flatten(1).norm(dim=1).mean() / a[0].numel() ** 0.5).item()
 
 
 def _mse(made: Tensor, wanted: Tensor) -> float:

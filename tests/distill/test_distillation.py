@@ -1,5 +1,6 @@
 """From checkpoint to student by the real recipe and trainer, at the smallest sizes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,11 @@ from distill.optim import Optim
 from distill.rcm import Method
 from distill.recipes import Hardware
 from distill.shard_files import Sample, write_context, write_safetensors
-from distill.students import Students
+from distill.students import Students, _energy
 from distill.trainer import Plan, Trainer
 from turbodiffusion import checkpoints
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
-from turbodiffusion.samplers.few_step import sample_rcm
-from turbodiffusion.samplers.noise import SampleNoise
-from turbodiffusion.samplers.time import student_times
 from turbodiffusion.variants import variant
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -147,28 +145,32 @@ def test_stored_clips_train_a_student(teacher: Path, tmp_path: Path):
     assert (tmp_path / "run" / "rcm_wan2_2_i2v_low.safetensors").is_file()
 
 
-def test_measures_compare_with_the_ideal_student_and_the_teacher(teacher: Path):
+def test_energy_score_of_normal_numbers_is_the_closed_form():
+    truth, *pair = torch.randn(3, 20000, 1, generator=torch.Generator().manual_seed(0)).unbind()
+    # E|x - y| = 2 / sqrt(pi) of two of them and sqrt(2 / pi) of one and their mean; 4 standard errors
+    assert _energy((pair[0], pair[1]), truth) == pytest.approx(math.pi**-0.5, abs=0.03)
+    mean = torch.zeros_like(truth)
+    assert _energy((mean, mean), truth) == pytest.approx((2 / math.pi) ** 0.5, abs=0.03)
+
+
+def test_measures_compare_student_and_teacher_at_few_steps(teacher: Path):
     outcome = parts(teacher, "scm").outcome
     assert isinstance(outcome, Students)
-    network, example = outcome.objective.student, outcome.material.shown[0]
-    measures = outcome.measure({"student": network})
-    assert set(measures) == {f"mse/{who}_{n}" for who in ("student", "teacher") for n in (1, 2, 4)}
-    with torch.no_grad():
-        made = outcome._student(network)
-        for n in (1, 2, 4):
-            noise = SampleNoise(range(2), example.latents.shape[1:])
-            view = outcome.objective.view(network, example)
-            x0 = sample_rcm(view, noise.draw(), student_times(n, 80.0), noise.draw)
-            # fp64 rounding: one division and product by s more
-            torch.testing.assert_close(made[n][:2], x0, rtol=0, atol=1e-12)
-    # at as many steps as the ideal's, 3, the teacher would be the ideal itself; at fewer it is not
-    assert measures["mse/teacher_1"] > measures["mse/teacher_2"] > 0
-    said = outcome.verdict(measures)
-    assert f"{measures['mse/teacher_4'] / measures['mse/student_4']:.2f} times" in said
+    measures = outcome.measure({"student": outcome.objective.student})
+    whos = ("energy/student", "energy/untrained", "mse/student")
+    names = {f"{who}_{n}" for who in whos for n in (1, 2, 4)}
+    assert set(measures) == names | {f"energy/teacher_{n}" for n in (1, 2, 3, 4)}
+    (first, other), example = outcome._teacher[3], outcome.material.shown[0]
+    # against itself: half of the mean distance of two clips of one prompt
+    spread = (first - other).flatten(1).norm(dim=1).mean().item() / example.latents[0].numel() ** 0.5
+    assert measures["energy/teacher_3"] == pytest.approx(spread / 2, rel=1e-12)
+    # before any training the student is the untrained one
+    assert measures["energy/student_4"] == measures["energy/untrained_4"]
+    assert f"score {measures['energy/student_4']:.3f}" in outcome.verdict(measures)
+    assert "does not beat" in outcome.verdict(measures)
 
 
-def test_ideal_student_of_a_straight_path_is_the_student_itself(teacher: Path):
-    """A teacher whose paths are straight lines is its own perfect student, if guidance is off."""
+def test_one_step_along_a_straight_path_is_the_teachers_clip(teacher: Path):
     outcome = parts(teacher, "scm").outcome
     objective = outcome.objective
     bias = torch.randn(64)
@@ -179,7 +181,8 @@ def test_ideal_student_of_a_straight_path_is_the_student_itself(teacher: Path):
     outcome = replace(outcome, objective=replace(objective, method=replace(objective.method, guidance=1.0)))
     measures = outcome.measure({"student": objective.student})
     # fp64 rounding, squared
-    assert max(measures.values()) < 1e-24
+    assert measures["mse/student_1"] < 1e-24
+    assert measures["energy/student_1"] == pytest.approx(measures["energy/teacher_3"], rel=1e-12)
 
 
 def test_small_world_shows_a_share_of_first_frames(make_student, make_clips):
