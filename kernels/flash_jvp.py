@@ -22,7 +22,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     a forward-mode tangent; those that carry none cost nothing.  The tangent of the result has no graph: it
     cannot be differentiated again.  On a GPU: bf16, fp16 or fp32, and D 32, 64 or 128; else ValueError.
     """
-    tangents = (unpack_dual(x).tangent for x in (q, k, v))
+    tangents = ((unpack_dual(x).tangent, x.dtype) for x in (q, k, v))
+    # PyTorch's rules may answer in another dtype, which a kernel would misread
+    tangents = (None if tangent is None else tangent.to(dtype) for tangent, dtype in tangents)
     return _Attention.apply(q, k, v, *tangents)[0]
 
 

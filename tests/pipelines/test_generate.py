@@ -232,6 +232,7 @@ def test_streaming_holds_two_blocks_and_computes_the_same() -> None:
     model, x = torch.nn.Sequential(*blocks), torch.randn(4, width, device=device)
     wanted = model.to(device)(x)
     model.to("cpu")
+    idle = torch.cuda.memory_allocated()  # workspaces of the libraries, too
     residence = Residence(device, "block")
     residence.use(model, blocks)
     for _ in range(3):  # round and round, as denoising steps do
@@ -242,7 +243,7 @@ def test_streaming_holds_two_blocks_and_computes_the_same() -> None:
         torch.cuda.synchronize()
         # the two places were there before; activations are small beside a block of 4 * width ** 2 bytes
         assert torch.cuda.max_memory_allocated() - before < width**2
-    assert torch.cuda.memory_allocated() < 2.5 * 4 * width**2
+    assert torch.cuda.memory_allocated() - idle < 2.5 * 4 * width**2
     residence.release()
     assert not any(p.is_cuda for p in model.parameters())
     torch.cuda.synchronize()
@@ -250,13 +251,16 @@ def test_streaming_holds_two_blocks_and_computes_the_same() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["none", "stage", "block"])
-def test_offloading_on_a_gpu_makes_the_cpus_video(parts: Callable, mode: str) -> None:
+def test_offloading_on_a_gpu_makes_the_cpus_video(
+    parts: Callable, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     models, sampling = parts("wan2.2_i2v_a14b", steps=3)
     clip = Clip(prompts=["a cat"], size=SIZE, frames=5, image=picture())
     plain = Pipeline(models, sampling, device=CPU)(clip, [0]).frames
     made = Pipeline(models, sampling, device=torch.device("cuda"), offload=mode)(clip, [0]).frames
-    # fp32 on both, TF32 off by default for matrices but on for convolutions: 1e-3 each, through a few layers
-    torch.testing.assert_close(made.cpu(), plain, atol=2e-2, rtol=0)
+    # fp32 on both, sums in another order: 1e-6 a layer, which a decoder of random weights may amplify
+    torch.testing.assert_close(made.cpu(), plain, atol=1e-3, rtol=0)
 
 
 def test_tiles_make_nearly_the_same_video(parts: Callable) -> None:

@@ -25,13 +25,16 @@ def save(
     sampling: Sampling | None = None,
     variant: str | None = None,
     history: list[dict[str, object]] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a network, VAE or encoder as one safetensors file that says how to build and to sample it.
 
     The file appears whole or not at all, and replaces what was there.  Raises UserError if that fails.
+    weights are written in place of the module's own.
     """
     metadata = Metadata(kind_of(module), module.config, variant, sampling, tuple(history or ()))
-    entries = {name: Entry.of(tensor) for name, tensor in module.state_dict().items()}
+    tensors = module.state_dict() if weights is None else weights
+    entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
     write_safetensors(Path(path).expanduser(), entries, metadata.header())
 
 

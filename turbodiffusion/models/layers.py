@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 
 class RMSNorm(nn.Module):
@@ -16,15 +17,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        y = _widened(x)
+        return F.rms_norm(y, self.weight.shape, self.weight.to(y.dtype), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
     """Affine LayerNorm whose weights may be kept in fp32 beside bf16 activations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        y = _widened(x)
+        weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
+        return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x, in fp32 if it carries a tangent: on a GPU that of a bf16 norm would come out in fp32 by itself."""
+    return x if unpack_dual(x).tangent is None else x.float()
 
 
 def normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
