@@ -34,15 +34,16 @@ def test_vae_reconstructs_held_out_clips() -> None:
     vae = load_vae(ASSETS / "vae_tiny.safetensors", device="cpu", dtype=torch.float32)
     frames = render(draw_scenes(4, torch.Generator().manual_seed(7), "held_out_subjects"), load_sprites())
     back = vae.decode(vae.encode(frames, chunk=None), chunk=None)
-    # 28.1 over 128 clips; clips differ by some 2 dB
-    assert psnr(back, frames).mean() > 25
+    # 32.8 over 128 clips, which differ by some 2 dB; these subjects it has never seen
+    assert psnr(back, frames).mean() > 30
 
 
-def test_teacher_paints_the_background_of_the_caption() -> None:
-    """All that the shipped teacher has learnt so far (docs/small_world.md)."""
+def test_teacher_shows_the_background_and_the_motion_of_the_caption() -> None:
+    """Of the subject only every other clip is exact enough yet (docs/small_world.md)."""
     options = Options(device="cpu", dtype="float32", steps=10, count=4, batch=4)
     sprites, prompts = load_sprites(), held_out_prompts(options.count)
     (clips,) = generate(load_pipeline(options), prompts, sprites, options)
-    right = [r.background == p.background for r, p in zip(Oracle(sprites).read(clips), prompts, strict=True)]
-    # nine in ten over many prompts
-    assert sum(right) >= 3
+    readings = Oracle(sprites).read(clips)
+    # of 512 prompts: all, and five in six
+    assert [r.background for r in readings] == [p.background for p in prompts]
+    assert sum(r.motion == p.motion for r, p in zip(readings, prompts, strict=True)) >= 3
