@@ -4,14 +4,13 @@ Shapes: B batch, C latent channels, T h w latent frames, height, width; F H W fr
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from distill.data import RenderedClips
-from distill.objective import Product, Watch
-from distill.precision import halved
+from distill.objective import Product, Watch, nothing
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_layers import Attention, ResidualBlock
 
@@ -96,12 +95,16 @@ class AutoencoderOutcome:
     train: RenderedClips
     clips: int  # of each, to measure on
     name: str
+    history: list[dict[str, object]] = field(default_factory=list)  # of the checkpoint it started from
 
     @torch.no_grad()
     def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         vae = networks["autoencoder"].vae
         values = [psnr(self._round_trip(vae, frames), frames) for frames in self._clips(self.held_out)]
         return {"psnr_db": torch.cat(values).mean().item()}
+
+    def verdict(self, measures: dict[str, float]) -> str:
+        return f"clips it never saw come back at {measures['psnr_db']:.1f} dB"
 
     @torch.no_grad()
     def preview(self, networks: dict[str, nn.Module]) -> Tensor:
@@ -112,11 +115,11 @@ class AutoencoderOutcome:
     def products(self, networks: dict[str, nn.Module]) -> list[Product]:
         """The VAE, whose latents are normalised from here on by what is measured here."""
         vae = networks["autoencoder"].vae
-        latents = torch.cat([vae.moments(frames)[0] for frames in self._clips(self.train)])
+        latents = torch.cat([vae.moments(frames)[0].float() for frames in self._clips(self.train)])
         mean, std = (statistic(latents, (0, 2, 3, 4)).tolist() for statistic in (torch.mean, torch.std))
         normalised = VideoVAE(**{**vae.config, "latent_mean": mean, "latent_std": std})
         normalised.load_state_dict(vae.state_dict())
-        return [Product(self.name, halved(normalised, lambda name: False))]
+        return [Product(self.name, normalised, history=self.history, keep_fp32=nothing)]
 
     def _clips(self, source: RenderedClips) -> Iterator[Tensor]:
         return (source.batch(i) for i in range(max(1, self.clips // source.count)))

@@ -107,6 +107,10 @@ class ReaderOutcome:
         shares = torch.cat(right).float().mean(0).tolist()
         return dict(zip((f"held_out/{name}" for name in ATTRIBUTES), shares, strict=True))
 
+    def verdict(self, measures: dict[str, float]) -> str:
+        shares = ", ".join(f"the {name} of {measures[f'held_out/{name}']:.0%}" for name in ATTRIBUTES)
+        return f"in captions of combinations it never saw, it reads {shares}"
+
     def preview(self, networks: dict[str, nn.Module]) -> None:
         """There is nothing to look at."""
 

@@ -46,7 +46,7 @@ def distillation(
     for network in filter(None, (student, critic)):
         network.requires_grad_(True)
     for network in filter(None, (frozen, student, critic)):
-        hardware.prepare(network, WanModel.is_fp32, network.shard_units())
+        hardware.prepare(network, WanModel.is_fp32, network.shard_units(), can_shard=True)
     rcm = RCM(objective, student, frozen, critic, material.negative)
     return Parts(rcm, material.train, outcome(objective=rcm, material=material, teacher=loaded))
 

@@ -1,12 +1,15 @@
 """Power-function averages of weights (arXiv:2312.02696, equation 127; reference: rCM's PowerEMA)."""
 
-from copy import deepcopy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from distill.precision import Masters
+from distill.sharding import local
 
 
 @cache
@@ -26,17 +29,37 @@ def decay(updates: int, width: float) -> float:
 
 
 class PowerEMA:
-    """An averaged fp32 copy of a module, for sampling and shipping; it follows the fp32 masters.
+    """fp32 averages of the weights that train, by name, for sampling and shipping.
 
     The kernel's width grows with training, so a short run and a long one need no different setting.
     """
 
     def __init__(self, masters: Masters, width: float):
-        self.module = deepcopy(masters.module).float().requires_grad_(False).eval()
-        self.width = width
+        self.masters, self.width = masters, width
+        self.weights = {name: weight.detach().clone() for name, weight in masters.weights.items()}
 
     @torch.no_grad()
-    def update(self, masters: Masters, updates: int) -> None:
+    def update(self, updates: int) -> None:
         """Move towards the masters; `updates` counts the earlier calls."""
-        ours = [self.module.get_parameter(name) for name in masters.weights]
-        torch._foreach_lerp_(ours, list(masters.weights.values()), 1 - decay(updates, self.width))
+        ours, theirs = self._pairs()
+        torch._foreach_lerp_(ours, theirs, 1 - decay(updates, self.width))
+
+    @contextmanager
+    def shown(self) -> Iterator[nn.Module]:
+        """The module with the averages in place of what trains, until the block is left."""
+        self._exchange()
+        try:
+            yield self.masters.module
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for ours, theirs in zip(*self._pairs(), strict=True):
+            held = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(held)
+        self.masters.publish()
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        return tuple([local(w) for w in weights.values()] for weights in (self.weights, self.masters.weights))

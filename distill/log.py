@@ -1,4 +1,4 @@
-"""What a run says while it trains: a JSONL file and a progress line."""
+"""What a run says while it trains: a JSONL file, pictures and a progress line."""
 
 import json
 import math
@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from distill.preview import save_preview
 from distill.replicas import rank
+from distill.tracking import Tracker
 
 
 class Log:
     """Running means on the device, written every `every` steps; the device is waited for only then."""
 
-    def __init__(self, path: Path, every: int, device: torch.device):
-        self.path, self.every, self.device = path, every, device
+    def __init__(self, path: Path, every: int, device: torch.device, tracker: Tracker | None = None):
+        self.path, self.every, self.device, self.tracker = path, every, device, tracker
         path.parent.mkdir(parents=True, exist_ok=True)
         self.is_silent = rank() > 0
         self.console = Console(quiet=self.is_silent)
@@ -42,6 +44,8 @@ class Log:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
+        if self.tracker is not None:
+            self.tracker.finish(failed=error is not None)
 
     def say(self, text: str) -> None:
         """One line to the console, above the progress."""
@@ -93,3 +97,14 @@ class Log:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.tracker is not None:
+            self.tracker.record(step, values)
+
+    def show(self, step: int, clips: Tensor) -> None:
+        """Draw clips (rows, columns, 3, F, H, W) as `previews/step-N` beside the file."""
+        if self.is_silent:
+            return
+        path = self.path.parent / "previews" / f"step-{step:07d}"
+        save_preview(clips, path)
+        if self.tracker is not None:
+            self.tracker.show(step, path.with_suffix(".png"))

@@ -25,6 +25,16 @@ def seed_of(purpose: str, *numbers: int) -> int:
     return crc32(",".join([purpose, *map(str, numbers)]).encode())
 
 
+def everything(name: str) -> bool:
+    """Names every parameter."""
+    return True
+
+
+def nothing(name: str) -> bool:
+    """Names no parameter."""
+    return False
+
+
 class Objective(Protocol[BatchIn]):
     """A training algorithm: it knows diffusion, and no optimiser, file or rank."""
 
@@ -59,6 +69,7 @@ class Product:
     variant: str | None = None
     sampling: Sampling | None = None
     history: list[dict[str, object]] = field(default_factory=list)  # of what it was made from
+    keep_fp32: Callable[[str], bool] = everything  # the other parameters are stored in bf16
 
 
 class Outcome(Protocol):
@@ -66,6 +77,10 @@ class Outcome(Protocol):
 
     def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
         """Numbers that say how good the networks are."""
+        ...
+
+    def verdict(self, measures: dict[str, float]) -> str | None:
+        """One line on those numbers, for the end of a run; None where they say nothing."""
         ...
 
     def preview(self, networks: dict[str, nn.Module]) -> Tensor | None:

@@ -23,8 +23,9 @@ class Optim:
         """The optimiser of the parameters that require gradients."""
         trained = [p for p in parameters if p.requires_grad]
         # a convolution's norm keeps its vector as (C, 1, 1, 1)
-        vectors = [p for p in trained if p.squeeze().ndim <= 1]
-        others = [p for p in trained if p.squeeze().ndim > 1]
+        is_vector = [sum(size > 1 for size in p.shape) <= 1 for p in trained]
+        vectors = [p for p, yes in zip(trained, is_vector, strict=True) if yes]
+        others = [p for p, yes in zip(trained, is_vector, strict=True) if not yes]
         groups = [
             {"params": others, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},

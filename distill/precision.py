@@ -1,10 +1,12 @@
 """Mixed precision without autocast: a module computes in low precision, fp32 masters of its weights train."""
 
 from collections.abc import Callable
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+
+from distill.replicas import rank
+from distill.sharding import local, whole
 
 
 def lower(module: nn.Module, dtype: torch.dtype, keep_fp32: Callable[[str], bool]) -> nn.Module:
@@ -15,13 +17,22 @@ def lower(module: nn.Module, dtype: torch.dtype, keep_fp32: Callable[[str], bool
     return module
 
 
-def halved(module: nn.Module, keep_fp32: Callable[[str], bool]) -> nn.Module:
-    """A bf16 copy to ship: every parameter but those named is rounded."""
-    return lower(deepcopy(module), torch.bfloat16, keep_fp32)
+def stored(module: nn.Module, keep_fp32: Callable[[str], bool]) -> dict[str, Tensor]:
+    """What to ship on the CPU: parameters in bf16 but for those named, and buffers; nothing but on rank 0.
+
+    Sharded parameters are gathered one by one, for which every rank must ask.
+    """
+    rounded = {name for name, _ in module.named_parameters() if not keep_fp32(name)}
+    weights = {}
+    for name, value in module.state_dict().items():
+        gathered = whole(value)
+        if rank() == 0:
+            weights[name] = gathered.to("cpu", torch.bfloat16 if name in rounded else value.dtype)
+    return weights
 
 
 class Masters:
-    """fp32 weights of the parameters of a module that train, by name.
+    """fp32 weights of the parameters of a module that train, by name; sharded ones are sharded alike.
 
     An optimiser moves them; `collect` brings them the gradients of a backward, `publish` rounds them into the
     module.  A parameter that is fp32 already is its own master.
@@ -34,13 +45,14 @@ class Masters:
         pairs = zip(trained.values(), self.weights.values(), strict=True)
         self.rounded = [(weight, master) for weight, master in pairs if weight is not master]
 
+    @torch.no_grad()
     def collect(self) -> None:
         """Move gradients to the masters, where those of several backwards add up in fp32."""
         pairs = [(weight, master) for weight, master in self.rounded if weight.grad is not None]
         if not pairs:
             return
         grads = [torch.empty_like(master) for _, master in pairs]
-        torch._foreach_copy_(grads, [weight.grad for weight, _ in pairs])
+        torch._foreach_copy_([local(grad) for grad in grads], [local(weight.grad) for weight, _ in pairs])
         for (weight, master), grad in zip(pairs, grads, strict=True):
             weight.grad = None
             master.grad = grad if master.grad is None else master.grad.add_(grad)
@@ -49,18 +61,12 @@ class Masters:
     def publish(self) -> None:
         """Round the masters into the module."""
         if self.rounded:
-            torch._foreach_copy_(*map(list, zip(*self.rounded, strict=True)))
+            weights, masters = zip(*self.rounded, strict=True)
+            torch._foreach_copy_([local(w) for w in weights], [local(m) for m in masters])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The module's, with fp32 weights wherever there are masters."""
-        return self.module.state_dict() | {name: weight.data for name, weight in self.weights.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave: masters exactly, the module rounded."""
-        self.module.load_state_dict(state)
-        for name, weight in self.weights.items():
-            weight.copy_(state[name])
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's, by name, with fp32 masters in place of what they are masters of."""
+        return self.module.state_dict() | self.weights
 
 
 def _master(weight: nn.Parameter) -> nn.Parameter:

@@ -3,18 +3,22 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from distill import sharding
 from distill.autoencoding import Autoencoder, AutoencoderOutcome, Autoencoding, initialize
 from distill.caption_reading import CaptionReading, CaptionStream, Reader, ReaderOutcome
 from distill.data import EncodedClips, RenderedClips
 from distill.flow_matching import FlowMatching, TextToVelocity
-from distill.objective import Parts
+from distill.objective import Parts, everything, nothing
 from distill.precision import lower
+from distill.remat import rematerialize
 from distill.videos import Videos
-from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
+from turbodiffusion.checkpoints import detect, load_network, load_text_encoder, load_vae
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
@@ -33,15 +37,21 @@ class Hardware:
     device: torch.device
     dtype: torch.dtype
     compile_mode: str | None  # torch.compile's, None: eager
+    shard: int = 1  # how many ranks hold one copy of the weights together
+    remat: str = "none"  # what is computed again in a backward: a mode of distill.remat
 
     @classmethod
-    def named(cls, device: str, *, precision: str, compile: bool | str) -> "Hardware":
+    def named(cls, device: str, *, precision: str, compile: bool | str, shard: int, remat: str) -> "Hardware":
         """From the words of a config; device "auto" is the accelerator, or else the CPU."""
         mode = {False: None, True: "default"}.get(compile, compile)
         if mode not in (None, *COMPILE_MODES):
             raise UserError(f"compile={compile}: choose false, true or {', '.join(COMPILE_MODES)}")
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision}: choose {' or '.join(PRECISIONS)}")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if shard < 1 or ranks % shard:
+            raise UserError(f"shard={shard} does not divide the {ranks} processes: start more with torchrun")
+        rematerialize([], remat)  # refuses what is none of its modes
         if device == "auto":
             device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         try:
@@ -53,13 +63,33 @@ class Hardware:
             # each of the ranks that torchrun starts on a machine has its own
             chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
             torch.accelerator.set_device_index(chosen.index)
-        return cls(chosen, PRECISIONS[precision], mode)
+        return cls(chosen, PRECISIONS[precision], mode, shard, remat)
 
-    def prepare(self, module: nn.Module, keep_fp32: Callable[[str], bool], units: list[nn.Module]) -> None:
-        """Move the module here, in this precision but for what keep_fp32 names, and compile its units."""
-        lower(module, self.dtype, keep_fp32).to(self.device)
+    def prepare(
+        self,
+        module: nn.Module,
+        keep_fp32: Callable[[str], bool],
+        units: list[nn.Module],
+        *,
+        can_shard: bool = False,
+    ) -> None:
+        """Move the module here, in this precision but for what keep_fp32 names; checkpoint, compile units.
+
+        With shard > 1 units and module are sharded, and nothing is kept in fp32: a unit is gathered as one
+        piece of memory, of one dtype.  Raises UserError where that is not possible.
+        """
+        if self.shard > 1 and not can_shard:
+            raise UserError(f"shard={self.shard}: only distillation shards its networks; leave shard=1")
+        lower(module, self.dtype, nothing if self.shard > 1 else keep_fp32).to(self.device)
+        rematerialize(units, self.remat)
         for unit in [] if self.compile_mode is None else units:
             unit.compile(mode=self.compile_mode)
+        if self.shard > 1:
+            sharding.shard(module, units, self._ranks)
+
+    @cached_property
+    def _ranks(self) -> DeviceMesh:
+        return sharding.mesh(self.device, self.shard)
 
 
 def autoencoder(
@@ -76,22 +106,27 @@ def autoencoder(
 
     start is a checkpoint to continue from; None: from scratch.  judged makes the clips that are measured.
     """
+    history = []
     if start is None:
         initialize(vae)
     else:
         vae.load_state_dict(load_vae(start, device="cpu", dtype=torch.float32).state_dict())
+        metadata = detect(start).metadata
+        history = list(metadata.history) if metadata else []
     module = Autoencoder(vae)
-    hardware.prepare(module, lambda name: False, [vae.encoder, vae.decoder])
+    hardware.prepare(module, nothing, [vae.encoder, vae.decoder])
     sprites = load_sprites().to(hardware.device)
     seen, held_out = (judged(sprites=sprites, split=split) for split in ("train", HELD_OUT))
-    return Parts(objective(module), data(sprites=sprites, split="train"), outcome(held_out, seen))
+    judge = outcome(held_out, seen, history=history)
+    return Parts(objective(module), data(sprites=sprites, split="train"), judge)
 
 
 def caption_reader(
     hardware: Hardware, *, text_encoder: TextEncoder, batch: int, seed: int, measured: int, file: str
 ) -> Parts:
     """Train a text encoder to read captions; `measured` of held-out combinations judge it."""
-    reader = Reader(text_encoder).to(hardware.device)
+    reader = Reader(text_encoder)
+    hardware.prepare(reader, everything, [])
     train, held_out = (CaptionStream(text_encoder, batch, seed, split) for split in ("train", HELD_OUT))
     return Parts(CaptionReading(reader), train, ReaderOutcome(held_out, max(1, measured // batch), file))
 

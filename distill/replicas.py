@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -42,10 +43,13 @@ def numbers(step: int, count: int) -> range:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the ranks; all must have the same ones."""
-    if world_size() == 1:
+    """Replace each tensor by its mean over the ranks; all must have the same ones.
+
+    Sharded gradients are left alone: FSDP has averaged them already.
+    """
+    tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    if world_size() == 1 or not tensors:
         return
-    tensors = list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
@@ -60,6 +64,21 @@ def from_first(values: list[float], device: torch.device) -> list[float]:
     shared = torch.tensor(values, dtype=torch.float64, device=device)
     dist.broadcast(shared, 0)
     return shared.tolist()
+
+
+def everyones(words: list[str]) -> list[str]:
+    """The words of all ranks, each naming its rank where there are several."""
+    if world_size() == 1:
+        return words
+    gathered: list[list[str] | None] = [None] * world_size()
+    dist.all_gather_object(gathered, words)
+    return [f"{word} on rank {i}" for i, said in enumerate(gathered) for word in said]
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def _device_id(device: torch.device) -> torch.device | None:

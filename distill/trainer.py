@@ -2,22 +2,24 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill import replicas
 from distill.checkpoint import TrainState, resume_run, save_run
 from distill.ema import PowerEMA
 from distill.interrupt import Interrupt
 from distill.log import Log
-from distill.objective import Parts, seed_of
+from distill.objective import Parts, Product, seed_of
 from distill.optim import Optim
 from distill.origin import origin
-from distill.precision import Masters
-from distill.preview import save_preview
+from distill.precision import Masters, stored
+from distill.sharding import whole
+from distill.tracking import Tracker
 from turbodiffusion import checkpoints
 from turbodiffusion.errors import UserError
 
@@ -61,7 +63,15 @@ class Trainer:
     lie beside them.  A trainer on the same folder continues where the last one stopped.
     """
 
-    def __init__(self, parts: Parts, *, optims: Mapping[str, Optim], plan: Plan, folder: Path):
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        optims: Mapping[str, Optim],
+        plan: Plan,
+        folder: Path,
+        tracker: Tracker | None = None,
+    ):
         self.objective, self.data, self.outcome = parts.objective, parts.data, parts.outcome
         self.plan, self.folder = plan, folder
         self.masters = {role: Masters(network) for role, network in self.objective.networks.items()}
@@ -78,8 +88,11 @@ class Trainer:
             updates=dict.fromkeys(self.masters, 0),
         )
         self.origin = origin(self.device)
-        self.log = Log(folder / "log.jsonl", plan.log_every, self.device)
-        resume_run(folder / "checkpoint", self.state, self._saved_networks())
+        self.log = Log(folder / "log.jsonl", plan.log_every, self.device, tracker)
+        self.losses: dict[str, Tensor] = {}  # of the step at hand
+        if resume_run(folder / "checkpoint", self.state, self._tensors()):
+            for masters in self.masters.values():
+                masters.publish()
 
     def fit(self) -> None:
         """Train until the plan is fulfilled or Ctrl-C, then save."""
@@ -101,24 +114,11 @@ class Trainer:
 
     def update(self) -> None:
         """One step of the role whose turn it is."""
-        step, count = self.state.step, self.plan.accumulate
+        step = self.state.step
         role = self.objective.turn(step)
         masters, optimizer = self.masters[role], self.state.optimizers[role]
-        samples, updates = 0, self.state.updates[role]
-        for i in replicas.numbers(step, count):
-            for name, loss in self.objective.losses(self.data.batch(i), step, self._rng(i), self.log.watch):
-                (loss.mean() / count).backward()
-                masters.collect()
-                self.log.add(f"loss/{name}", loss)
-            samples += len(loss) * replicas.world_size()
-        replicas.average(w.grad for w in masters.weights.values() if w.grad is not None)
-        norm = nn.utils.clip_grad_norm_(list(masters.weights.values()), self.plan.max_grad_norm)
-        # the one wait for the device in a step: the optimiser must not see a bad gradient
-        if not norm.isfinite():
-            raise UserError(
-                f"the gradient norm of {role} is {norm.item()} at step {step}: stopped before the step; "
-                f"lower optim.lr or go on from the last checkpoint with another seed="
-            )
+        samples = self._differentiate(masters, step)
+        norm, updates = self._clip(masters, role), self.state.updates[role]
         rate = self.optims[role].rate(updates, self.plan.progress(self.state))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -126,29 +126,71 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         masters.publish()
         if role in self.averages:
-            self.averages[role].update(masters, updates)
+            self.averages[role].update(updates)
         self.state.updates[role] += 1
         self.state.step += 1
         self.log.add(f"grad_norm/{role}", norm)
         self.log.step(self.state.step, self.plan.progress(self.state), samples, rate)
 
+    def _differentiate(self, masters: Masters, step: int) -> int:
+        """Bring the masters the gradients of a step, averaged over the ranks; the number of samples."""
+        count, samples = self.plan.accumulate, 0
+        self.losses.clear()
+        for i in replicas.numbers(step, count):
+            for name, loss in self.objective.losses(self.data.batch(i), step, self._rng(i), self.log.watch):
+                (loss.mean() / count).backward()
+                masters.collect()
+                self.log.add(f"loss/{name}", loss)
+                self.losses[f"loss/{name} of batch {i}"] = loss.detach()
+            samples += len(loss) * replicas.world_size()
+        replicas.average(w.grad for w in masters.weights.values() if w.grad is not None)
+        return samples
+
+    def _clip(self, masters: Masters, role: str) -> Tensor:
+        """Limit the gradient's norm; what it was.  Raises UserError, on every rank, if it is not finite."""
+        weights = list(masters.weights.values())
+        norm = whole(nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
+        # the one wait for the device in a step: the optimiser must not see a bad gradient
+        if not norm.isfinite():
+            bad = [name for name, loss in self.losses.items() if not loss.isfinite().all()]
+            raise UserError(
+                f"the gradient norm of {role} is {norm.item()} at step {self.state.step} "
+                f"(not finite: {', '.join(replicas.everyones(bad)) or 'no loss'}): stopped before the step; "
+                "lower optim.lr or go on from the last checkpoint with another seed="
+            )
+        nn.utils.clip_grads_with_norm_(weights, self.plan.max_grad_norm, norm)
+        return norm
+
     def save(self) -> None:
         """Write a checkpoint from which the run continues exactly."""
-        if replicas.rank() == 0:
-            save_run(self.folder / "checkpoint", self.state, self._saved_networks())
+        save_run(self.folder / "checkpoint", self.state, self._tensors())
 
     def report(self) -> None:
-        """Measure the averaged networks, draw what they make, and write the files they ship as."""
+        """Measure the averaged networks, draw what they make, and write the files they ship as.
+
+        Every rank does all of it, since it takes them all to run a sharded network; one of them writes.
+        """
+        with ExitStack() as stack:
+            # compiled for the shapes of training, not for these
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            averaged = {role: stack.enter_context(ema.shown()) for role, ema in self.averages.items()}
+            measures = self.outcome.measure(averaged)
+            self.log.record(self.state.step, measures)
+            if measures:
+                self.log.say("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
+            verdict = self.outcome.verdict(measures) if self._is_done() else None
+            if verdict is not None:
+                self.log.say(verdict)
+            clips = self.outcome.preview(averaged)
+            if clips is not None:
+                self.log.show(self.state.step, clips)
+            for product in self.outcome.products(averaged):
+                self._ship(product, measures)
+
+    def _ship(self, product: Product, measures: dict[str, float]) -> None:
+        weights = stored(product.module, product.keep_fp32)
         if replicas.rank() > 0:
             return
-        averaged = {role: average.module for role, average in self.averages.items()}
-        measures = self.outcome.measure(averaged)
-        self.log.record(self.state.step, measures)
-        if measures:
-            self.log.say("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
-        clips = self.outcome.preview(averaged)
-        if clips is not None:
-            save_preview(clips, self.folder / "previews" / f"step-{self.state.step:07d}")
         entry = {
             "trained": self.folder.name,
             "steps": self.state.step,
@@ -156,14 +198,14 @@ class Trainer:
             "on": self.origin,
             "measures": measures,
         }
-        for product in self.outcome.products(averaged):
-            checkpoints.save(
-                self.folder / f"{product.name}.safetensors",
-                product.module,
-                sampling=product.sampling,
-                variant=product.variant,
-                history=[*product.history, entry],
-            )
+        checkpoints.save(
+            self.folder / f"{product.name}.safetensors",
+            product.module,
+            sampling=product.sampling,
+            variant=product.variant,
+            history=[*product.history, entry],
+            weights=weights,
+        )
 
     def _agree(self, seconds: float, interrupt: Interrupt) -> None:
         """Have every rank stop at the same step."""
@@ -183,6 +225,6 @@ class Trainer:
         """Randomness of batch `number`, the same however often the run was resumed."""
         return torch.Generator(self.device).manual_seed(seed_of("noise", self.plan.seed, number))
 
-    def _saved_networks(self) -> dict[str, nn.Module | Masters]:
-        averages = {f"{role}_ema": average.module for role, average in self.averages.items()}
-        return self.masters | averages
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        networks = {role: masters.tensors() for role, masters in self.masters.items()}
+        return networks | {f"{role}_ema": average.weights for role, average in self.averages.items()}

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from distill.data import LatentClips
 from distill.flow_matching import FlowMatching, condition, empty_caption
-from distill.objective import Product, seed_of, unwatched
-from distill.precision import halved
+from distill.objective import Product, nothing, seed_of, unwatched
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.samplers.denoiser import Denoiser
@@ -44,6 +43,10 @@ class Videos:
         losses = averaged.losses(batch, 0, rng, unwatched)
         return {f"held_out/{name}": loss.mean().item() for name, loss in losses}
 
+    def verdict(self, measures: dict[str, float]) -> str:
+        loss = measures["held_out/velocity"]
+        return f"on combinations it never saw, its velocity is off by {loss:.3f} (mean square)"
+
     @torch.no_grad()
     def preview(self, networks: dict[str, nn.Module]) -> Tensor:
         student, batch = networks["student"], self.held_out.batch(0)
@@ -67,7 +70,7 @@ class Videos:
         return [self._product(module, file) for module, file in files]
 
     def _product(self, module: nn.Module, file: str) -> Product:
-        if isinstance(module, WanModel):
-            stored = halved(module, WanModel.is_fp32)
-            return Product(file, stored, self.variant.name, self.variant.sampling, self.history)
-        return Product(file, halved(module, lambda name: False), history=self.history)
+        if not isinstance(module, WanModel):
+            return Product(file, module, history=self.history, keep_fp32=nothing)
+        sampling = (self.variant.name, self.variant.sampling)
+        return Product(file, module, *sampling, self.history, WanModel.is_fp32)

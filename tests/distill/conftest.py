@@ -13,6 +13,7 @@ from distill.flow_matching import FlowMatching, TextToVelocity
 from distill.objective import Parts, Product, Watch
 from distill.optim import Optim
 from distill.times import LogNormal
+from distill.tracking import Tracker
 from distill.trainer import Plan, Trainer
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import ByteTokenizer
@@ -77,6 +78,9 @@ class Silent:
         )
         return {"size": 1.0}
 
+    def verdict(self, measures: dict[str, float]) -> str:
+        return f"the size is {measures['size']:g}"
+
     def preview(self, networks: dict[str, nn.Module]) -> Tensor:
         return torch.zeros(1, 1, 3, 2, 4, 4)
 
@@ -92,11 +96,19 @@ def toy(tmp_path: Path) -> Callable[..., Trainer]:
     """Makes a trainer of the toy regression in batches of `rows`; other keywords change the plan."""
 
     def make(
-        folder: str = "toy", *, rows: int = 8, poison_at: int | None = None, noise: float = 0.1, **plan: float
+        folder: str = "toy",
+        *,
+        rows: int = 8,
+        poison_at: int | None = None,
+        noise: float = 0.1,
+        tracker: Tracker | None = None,
+        **plan: float,
     ) -> Trainer:
         parts = Parts(Regression(poison_at=poison_at, noise=noise), Rows(rows), Silent())
         optims = {"default": Optim(lr=0.1, warmup=2, weight_decay=0.0)}
-        return Trainer(parts, optims=optims, plan=replace(PLAN, **plan), folder=tmp_path / folder)
+        return Trainer(
+            parts, optims=optims, plan=replace(PLAN, **plan), folder=tmp_path / folder, tracker=tracker
+        )
 
     return make
 

@@ -24,25 +24,44 @@ def test_average_of_a_ramp_lags_as_the_kernel_says():
     updates = 2000
     for i in range(updates):
         nn.init.constant_(line.weight, i + 1)
-        average.update(Masters(line), i)
+        average.update(i)
     # the kernel (t / T)^power has mean (power + 1) / (power + 2) of T; a sum differs from it by O(1 / T)
     expected = (power(0.1) + 1) / (power(0.1) + 2)
-    assert average.module.weight.item() / updates == pytest.approx(expected, abs=2 / updates)
+    assert average.weights["weight"].item() / updates == pytest.approx(expected, abs=2 / updates)
 
 
 def test_average_of_constant_weights_is_exact_and_needs_no_gradient():
     line = nn.Linear(3, 3)
     average = PowerEMA(Masters(line), 0.1)
     for i in range(5):
-        average.update(Masters(line), i)
-    for ours, theirs in zip(average.module.parameters(), line.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert not ours.requires_grad
+        average.update(i)
+    for name, weight in line.named_parameters():
+        assert torch.equal(average.weights[name], weight)
+        assert not average.weights[name].requires_grad
 
 
 def test_first_update_forgets_the_initial_weights():
     line = nn.Linear(2, 2)
     average = PowerEMA(Masters(line), 0.1)
     nn.init.constant_(line.weight, 7.0)
-    average.update(Masters(line), 0)
-    assert torch.equal(average.module.weight, line.weight)
+    average.update(0)
+    assert torch.equal(average.weights["weight"], line.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_is_shown_with_averages_and_gets_its_weights_back(dtype: torch.dtype):
+    masters = Masters(nn.Linear(4, 4).to(dtype))
+    average = PowerEMA(masters, 0.1)
+    with torch.no_grad():
+        for weight in masters.weights.values():
+            weight.add_(1 / 3)
+    masters.publish()
+    before = {name: value.clone() for name, value in masters.tensors().items()}
+    averaged = {name: value.clone() for name, value in average.weights.items()}
+    with average.shown() as module:
+        for name, weight in module.named_parameters():
+            assert torch.equal(weight, averaged[name].to(dtype))
+    for name, weight in masters.tensors().items():
+        assert torch.equal(weight, before[name])
+        assert torch.equal(masters.module.get_parameter(name), before[name].to(dtype))
+        assert torch.equal(average.weights[name], averaged[name])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.precision import Masters, halved, lower
+from distill.precision import Masters, lower, stored
 
 
 def make() -> nn.Sequential:
@@ -23,10 +23,13 @@ def test_named_weights_stay_fp32():
     assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
-def test_halved_is_a_copy():
+def test_what_is_stored_is_rounded_but_for_named_weights_and_buffers():
     module = make()
-    assert all(p.dtype == torch.bfloat16 for p in halved(module, nothing).parameters())
-    assert all(p.dtype == torch.float32 for p in module.parameters())
+    module.register_buffer("scale", torch.tensor(1 / 3))
+    for name, value in stored(module, is_norm).items():
+        wanted = module.state_dict()[name]
+        assert torch.equal(value, wanted if is_norm(name) or name == "scale" else wanted.bfloat16())
+        assert wanted.dtype == torch.float32
 
 
 def test_an_fp32_module_is_its_own_master():
@@ -64,17 +67,4 @@ def test_frozen_parameters_have_no_master_and_travel_in_the_state():
     module[0].requires_grad_(False)
     masters = Masters(lower(module, torch.bfloat16, is_norm))
     assert set(masters.weights) == {"1.weight", "1.bias", "2.weight", "2.bias"}
-    assert set(masters.state_dict()) == set(module.state_dict())
-
-
-def test_state_restores_masters_exactly_and_the_module_rounded():
-    masters = Masters(lower(make(), torch.bfloat16, is_norm))
-    for weight in masters.weights.values():
-        weight.data.add_(1e-4)
-    masters.publish()
-    other = Masters(lower(make(), torch.bfloat16, is_norm))
-    other.load_state_dict({name: value.clone() for name, value in masters.state_dict().items()})
-    for name, weight in masters.weights.items():
-        assert torch.equal(other.weights[name], weight)
-    for ours, theirs in zip(other.module.parameters(), masters.module.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert set(masters.tensors()) == set(module.state_dict())

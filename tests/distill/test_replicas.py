@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -5,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from distill import replicas
 
@@ -13,29 +13,18 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ["train.py", "experiment=text_tiny", "debug=true", "steps=3", "held_out=2", "preview_every=100"]
 
 
-def train(launcher: list[str], out: Path, *options: str) -> Path:
-    """Run the caption reader for three steps, and return its last checkpoint."""
-    command = [sys.executable, *launcher, *RUN, f"out={out}", *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_write_one_log_and_one_checkpoint(tmp_path: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    command = [*torchrun, *RUN, f"out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return out / "text_tiny" / "checkpoint" / "step-0000003"
-
-
-@pytest.mark.dist
-def test_two_ranks_train_as_one_that_accumulates_their_batches(tmp_path: Path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    together = train(torchrun, tmp_path / "together")
-    alone = train([], tmp_path / "alone", "accumulate=2")
-    for name in ("reader", "reader_ema"):
-        ours, theirs = (load_file(run / f"{name}.safetensors") for run in (together, alone))
-        for key, weight in theirs.items():
-            # the same two gradients, averaged in fp32 in another order; Adam's first steps divide by their
-            # size, so where one is near zero rounding decides its direction: at most lr = 1e-3 a step
-            close = torch.isclose(ours[key], weight, rtol=1e-5, atol=1e-6)
-            assert close.float().mean() > 0.99, key
-    log = (tmp_path / "together" / "text_tiny" / "log.jsonl").read_text().splitlines()
-    assert len(log) == 4  # three steps and the measures, from one of the ranks
+    log = (tmp_path / "text_tiny" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 3]  # the last are measures
+    assert done.stdout.count("it reads") == 1
+    assert [path.name for path in (tmp_path / "text_tiny" / "checkpoint").iterdir()] == ["step-0000003"]
 
 
 def test_without_torchrun_there_is_one_rank_and_nothing_happens():

@@ -2,13 +2,18 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.objective import unwatched
+from distill.scm import SCMLoss
 from distill.trainer import Plan, Trainer
+from tests.distill.ranks import make_trainer
 from turbodiffusion.errors import UserError
 
 Make = Callable[..., Trainer]
@@ -16,15 +21,15 @@ Make = Callable[..., Trainer]
 
 def weights(trainer: Trainer) -> list[Tensor]:
     """Everything that training changes: weights, averages, moments."""
-    networks = [*(masters.module for masters in trainer.masters.values())]
-    networks += [average.module for average in trainer.averages.values()]
+    networks = [dict(masters.module.named_parameters()) for masters in trainer.masters.values()]
+    networks += [average.weights for average in trainer.averages.values()]
     moments = [
         value
         for optimizer in trainer.state.optimizers.values()
         for state in optimizer.state.values()
         for value in state.values()
     ]
-    return [p.detach().clone() for network in networks for p in network.parameters()] + moments
+    return [p.detach().clone() for network in networks for p in network.values()] + moments
 
 
 def stop_after(trainer: Trainer, steps: int, then: Callable[[], None]) -> None:
@@ -136,6 +141,33 @@ def test_bad_gradient_leaves_the_last_good_checkpoint(toy: Make):
     assert all(value.isfinite().all() for value in weights(resumed))
 
 
+class Broken(nn.Module):
+    """A network that fails on the first sample of every batch."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **given: Tensor | None) -> Tensor:
+        out = self.network(x, timesteps, context, **given)
+        return torch.cat((out[:1] * torch.nan, out[1:]))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_sample_without_numbers_is_skipped_or_stops_the_run_as_configured(skip: bool, tmp_path: Path):
+    trainer = make_trainer(tmp_path)
+    rcm = trainer.objective
+    consistency = replace(rcm.method.consistency, loss=SCMLoss(warmup_steps=2, skip_nonfinite=skip))
+    method = replace(rcm.method, consistency=consistency)
+    trainer.objective = replace(rcm, method=method, teacher=Broken(rcm.teacher))
+    before = weights(trainer)
+    with nullcontext() if skip else pytest.raises(UserError, match="consistency of batch 0"):
+        trainer.update()
+    after = weights(trainer)[: len(before)]  # the moments come last
+    assert all(value.isfinite().all() for value in after)
+    assert skip != all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_flow_matching_run_lowers_the_loss(flow: Make):
     trainer = flow("flow", steps=30)
 
@@ -175,7 +207,7 @@ def test_averages_are_what_the_outcome_sees(toy: Make):
     trainer = toy()
     trainer.fit()
     (shown,) = trainer.outcome.shown
-    assert torch.equal(shown["weight"], trainer.averages["line"].module.weight)
+    assert torch.equal(shown["weight"], trainer.averages["line"].weights["weight"])
     assert not torch.equal(shown["weight"], trainer.masters["line"].module.weight)
 
 
@@ -187,6 +219,11 @@ def test_previews_and_log_are_written(toy: Make):
     lines = [json.loads(line) for line in trainer.log.path.read_text().splitlines()]
     assert {"step", "loss/square", "grad_norm/line", "lr", "samples_per_s"} <= lines[0].keys()
     assert [line["step"] for line in lines if "size" in line] == [6, 12]
+
+
+def test_verdict_is_the_last_word_of_a_finished_run_alone(toy: Make, capsys: pytest.CaptureFixture[str]):
+    toy(preview_every=6).fit()
+    assert capsys.readouterr().out.count("the size is 1") == 1
 
 
 def test_impossible_plan_is_refused():

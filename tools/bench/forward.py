@@ -56,12 +56,13 @@ def network_inputs(
     row: Variant, size: tuple[int, int, int], device: torch.device
 ) -> dict[str, Tensor | None]:
     """Random inputs at a latent size (T, H, W), batch 1."""
-    network = {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "clip_tokens": 0, **row.network}
+    usual = {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "text_length": 512, "clip_tokens": 0}
+    network = usual | row.network
     extra = network["in_channels"] - network["out_channels"]
     return {
         "x": torch.randn(1, network["out_channels"], *size, device=device),
         "timesteps": torch.full((1,), 700.0, device=device),
-        "context": torch.randn(1, 512, network["text_dim"], device=device),
+        "context": torch.randn(1, network["text_length"], network["text_dim"], device=device),
         "condition": torch.randn(1, extra, *size, device=device) if extra else None,
         "clip": torch.randn(1, network["clip_tokens"], 1280, device=device)
         if network["clip_tokens"]

@@ -1,0 +1,42 @@
+"""Sharded training (FSDP2): every rank keeps a part of each weight, and gathers a unit's while it computes.
+
+A forward, and whatever takes a whole tensor, is then a meeting of the ranks: all of them must ask for it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from distill.replicas import world_size
+
+
+def mesh(device: torch.device, shard: int) -> DeviceMesh:
+    """The ranks as (replicas, shards); `shard` neighbours hold one copy of the weights together."""
+    shape = (world_size() // shard, shard)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(network: nn.Module, units: Iterable[nn.Module], ranks: DeviceMesh) -> None:
+    """Shard a network whose parameters have one dtype: its units, then what is left of it.
+
+    Gradients arrive averaged over all ranks, in fp32 until they are rounded to the weights' dtype.
+    """
+    # inputs keep their dtype: an fp32 modulation would be rounded on its way into a unit
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*units, network):
+        # the root, too: kept from a pass without a backward, its weights would miss the next update
+        fully_shard(module, mesh=ranks, mp_policy=policy, reshard_after_forward=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, in the same memory; of a tensor that is not sharded, all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, gathered from the ranks; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

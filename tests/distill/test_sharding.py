@@ -1,0 +1,177 @@
+"""Two processes against one, and runs that are killed; ranks.py is what they run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.objective import nothing
+from distill.recipes import Hardware
+from tests.distill.ranks import (
+    CPU,
+    DESCENT,
+    LONG,
+    everything,
+    make_trainer,
+    read_checkpoint,
+    tiny_network,
+)
+from turbodiffusion.errors import UserError
+from turbodiffusion.models.wan import WanModel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What two processes left behind."""
+
+    folder: Path
+    ranks: list[dict[str, dict[str, object]]]
+    errors: str
+    seconds: float  # from the last result to the end
+
+
+def start(*command: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """Started once: importing takes longer than all that is done."""
+    folder = tmp_path_factory.mktemp("together")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = start(*torchrun, "-m", "tests.distill.ranks", "together", str(folder))
+    files = [folder / f"rank{i}.json" for i in range(2)]
+    assert all(file.exists() for file in files), done.stdout + done.stderr
+    seconds = time.time() - max(file.stat().st_mtime for file in files)
+    assert done.returncode != 0
+    return Ended(folder, [json.loads(file.read_text()) for file in files], done.stderr, seconds)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("shard", [1, 2])
+def test_two_ranks_train_as_one_that_accumulates_their_batches(ended: Ended, shard: int, tmp_path: Path):
+    alone = make_trainer(tmp_path, optim=DESCENT, steps=5, accumulate=2)
+    alone.fit()
+    ours, theirs = torch.load(ended.folder / f"equal-{shard}.pt"), everything(alone)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("student_ema/") for name in ours)
+    for name, weight in theirs.items():
+        # the same fp32 sums in another order, each at most 1 after clipping, times a rate of 0.01
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-6)
+    start = dict(tiny_network().named_parameters())
+    assert max((ours[f"student/{name}"] - weight).abs().max().item() for name, weight in start.items()) > 1e-3
+
+
+@pytest.mark.dist
+def test_sharded_run_resumes_bit_for_bit_with_every_rank_s_moments(ended: Ended):
+    results = [rank["resume"] for rank in ended.ranks]
+    for result in results:
+        assert (result["at"], result["wrong"]) == (3, [])
+        for role in ("student", "critic"):
+            for kind in ("exp_avg", "exp_avg_sq"):
+                assert f"{role}/blocks.1.ffn.0.weight/{kind}" in result["names"]
+        assert "student_ema/head.head.weight" in result["names"]
+    # each has its own half of them
+    assert results[0]["moments"] != results[1]["moments"]
+
+
+@pytest.mark.dist
+def test_checkpoint_of_two_shards_resumes_on_one_process(ended: Ended):
+    alone = make_trainer(ended.folder / "broken")
+    assert alone.state.step == 6
+    ours, theirs = everything(alone), torch.load(ended.folder / "whole.pt")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+@pytest.mark.dist
+def test_sharded_average_is_shipped_whole(ended: Ended):
+    shipped = load_file(ended.folder / "whole" / "student.safetensors")
+    averages = torch.load(ended.folder / "whole.pt")
+    assert shipped.keys() == tiny_network().state_dict().keys()
+    for name, weight in shipped.items():
+        dtype = torch.float32 if WanModel.is_fp32(name) else torch.bfloat16
+        assert torch.equal(weight, averages[f"student_ema/{name}"].to(dtype))
+        assert weight.dtype == dtype
+
+
+@pytest.mark.dist
+def test_sharded_gradients_are_clipped_by_the_norm_of_all(ended: Ended):
+    for rank in ended.ranks:
+        assert rank["clip"]["before"] > 1
+        # PyTorch adds 1e-6 to a norm far above 1; fp32 sums of two ranks
+        assert rank["clip"]["after"] == pytest.approx(1e-2, rel=1e-5)
+
+
+@pytest.mark.dist
+def test_dual_numbers_pass_a_sharded_network_and_gradients_follow(ended: Ended):
+    for rank in ended.ranks:
+        # the same products of the same gathered weights
+        assert rank["tangents"]["tangent"] == 0
+        # gradients below 1, summed in another order
+        assert rank["tangents"]["gradient"] < 1e-6
+
+
+@pytest.mark.dist
+def test_nan_on_one_rank_stops_all_before_the_step_and_names_it(ended: Ended):
+    for rank in ended.ranks:
+        assert "norm of student is nan at step 4" in rank["poison"]["error"]
+        assert "loss/consistency of batch 9 on rank 1" in rank["poison"]["error"]
+    (last,) = (ended.folder / "poison" / "checkpoint").glob("step-*")
+    assert last.name == "step-0000003"
+    assert all(value.isfinite().all() for value in read_checkpoint(last).values())
+
+
+@pytest.mark.dist
+def test_error_on_one_rank_ends_the_run_with_its_words(ended: Ended):
+    assert "shard 7 is torn" in ended.errors
+    # the other rank sees the connection close; torchrun looks once in 0.1 s, a loaded machine needs a while
+    assert ended.seconds < 20
+    (last,) = (ended.folder / "torn" / "checkpoint").glob("step-*")
+    assert last.name == "step-0000002"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path):
+    done = start("-m", "tests.distill.ranks", "killed", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((tmp_path / "kills.json").read_text())
+    # killed on the way each time, and never left without a checkpoint
+    assert resumed[0] == []
+    assert all(len(found) in (1, 2) for found in resumed[1:])
+    assert resumed == sorted(resumed)
+    assert "step-0000030" not in resumed[-1]
+    whole = make_trainer(tmp_path / "whole", **LONG)
+    whole.fit()
+    ours, theirs = (
+        read_checkpoint(tmp_path / run / "checkpoint" / "step-0000030") for run in ("killed", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+def test_ranks_that_can_not_be_split_and_networks_that_are_not_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="shard=3 does not divide the 4 processes"):
+        Hardware.named("cpu", precision="float32", compile=False, shard=3, remat="none")
+    with pytest.raises(UserError, match="only distillation"):
+        Hardware(CPU, torch.float32, None, 2).prepare(tiny_network(), nothing, [])
