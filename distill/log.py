@@ -81,7 +81,9 @@ class Log:
             device_module = torch.get_device_module(self.device)
             values["memory_gib"] = device_module.max_memory_allocated(self.device) / 2**30
         self.record(step, values)
-        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        # the quarters of time fill a screen: they are in the file
+        shown = {name: value for name, value in values.items() if "/s0" not in name}
+        line = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.progress.update(self.task, completed=progress, step=step, line=line)
         if self.progress.disable:
             self.say(f"step {step}  {progress:.1%}  {line}")
