@@ -5,30 +5,23 @@ A tensor must match one rule in full; any other raises.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
 
+from turbodiffusion.checkpoints.keys import take_number
+from turbodiffusion.checkpoints.sources import State
 from turbodiffusion.errors import UserError
 
-State = dict[str, Tensor]
+# a published name -> our names of the parts that it concatenates; {} is the layer's number
+Rules = dict[str, tuple[str, ...]]
 
 
-class Rule(NamedTuple):
-    """A published tensor is `ours` concatenated, behind `axes` axes of size 1; {} is the layer's number."""
-
-    published: str
-    ours: tuple[str, ...]
-    axes: int = 0
+def _renames(modules: dict[str, str], leaves: tuple[str, ...]) -> Rules:
+    return {f"{a}.{leaf}": (f"{b}.{leaf}",) for a, b in modules.items() for leaf in leaves}
 
 
-def _renames(kinds: tuple[str, ...], modules: dict[str, str]) -> tuple[Rule, ...]:
-    return tuple(Rule(f"{a}.{kind}", (f"{b}.{kind}",)) for a, b in modules.items() for kind in kinds)
-
-
-TEXT = _renames(
-    ("weight",),
+_TEXT = _renames(
     {
         "token_embedding": "encoder.embed_tokens",
         "blocks.{}.norm1": "encoder.block.{}.layer.0.layer_norm",
@@ -40,14 +33,13 @@ TEXT = _renames(
         "blocks.{}.ffn.fc2": "encoder.block.{}.layer.1.DenseReluDense.wo",
         "norm": "encoder.final_layer_norm",
     },
+    ("weight",),
 )
-
-IMAGE = (
-    Rule("visual.cls_embedding", ("embeddings.class_embedding",), axes=2),
-    Rule("visual.pos_embedding", ("embeddings.position_embedding.weight",), axes=1),
-    Rule("visual.patch_embedding.weight", ("embeddings.patch_embedding.weight",)),
-    *_renames(
-        ("weight", "bias"),
+_IMAGE = {
+    "visual.cls_embedding": ("embeddings.class_embedding",),
+    "visual.pos_embedding": ("embeddings.position_embedding.weight",),
+    "visual.patch_embedding.weight": ("embeddings.patch_embedding.weight",),
+    **_renames(
         {
             "visual.pre_norm": "pre_layrnorm",
             "visual.transformer.{}.norm1": "encoder.layers.{}.layer_norm1",
@@ -56,18 +48,19 @@ IMAGE = (
             "visual.transformer.{}.mlp.0": "encoder.layers.{}.mlp.fc1",
             "visual.transformer.{}.mlp.2": "encoder.layers.{}.mlp.fc2",
         },
+        ("weight", "bias"),
     ),
-    *(
-        Rule(
-            f"visual.transformer.{{}}.attn.to_qkv.{kind}",
-            tuple(f"encoder.layers.{{}}.self_attn.{x}_proj.{kind}" for x in "qkv"),
+    **{
+        f"visual.transformer.{{}}.attn.to_qkv.{leaf}": tuple(
+            f"encoder.layers.{{}}.self_attn.{x}_proj.{leaf}" for x in "qkv"
         )
-        for kind in ("weight", "bias")
-    ),
-)
-
+        for leaf in ("weight", "bias")
+    },
+}
+# axes of size 1 that a published tensor has in front of ours
+_AXES = {"visual.cls_embedding": 2, "visual.pos_embedding": 1}
 # what follows the last layer that Wan reads, and CLIP's text side
-IMAGE_UNUSED = re.compile(
+_IMAGE_UNUSED = re.compile(
     r"textual\..+|log_scale|visual\.(head|post_norm\.(weight|bias))"
     r"|visual_projection\.weight|(vision_model\.)?(post_layernorm\.(weight|bias)|embeddings\.position_ids)"
 )
@@ -75,12 +68,12 @@ IMAGE_UNUSED = re.compile(
 
 def text_from_published(state: State) -> State:
     """TextEncoder's tensors from models_t5_umt5-xxl-enc-bf16.pth."""
-    return _from_published(state, TEXT)
+    return _from_published(state, _TEXT)
 
 
 def text_to_published(state: State) -> State:
     """The inverse of text_from_published."""
-    return _to_published(state, TEXT)
+    return _to_published(state, _TEXT)
 
 
 def text_from_transformers(state: State) -> State:
@@ -95,63 +88,54 @@ def image_from_published(state: State, *, layers: int = 31) -> State:
 
     The text side, the head and the layers from number `layers` on are left out: Wan never reads them.
     """
-    used = {name: tensor for name, tensor in state.items() if not IMAGE_UNUSED.fullmatch(name)}
-    return _first_layers(_from_published(used, IMAGE), layers)
+    return _first_layers(_from_published(_used(state), _IMAGE), layers)
 
 
 def image_to_published(state: State) -> State:
     """The inverse of image_from_published, without what that leaves out."""
-    return _to_published(state, IMAGE)
+    return _to_published(state, _IMAGE)
 
 
 def image_from_transformers(state: State, *, layers: int = 31) -> State:
     """ImageEncoder's tensors from a CLIPVisionModel's; what Wan never reads is left out."""
-    used = {
-        name.removeprefix("vision_model."): tensor
-        for name, tensor in state.items()
-        if not IMAGE_UNUSED.fullmatch(name)
-    }
+    used = {name.removeprefix("vision_model."): tensor for name, tensor in _used(state).items()}
     return _first_layers(used, layers)
 
 
+def _used(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if not _IMAGE_UNUSED.fullmatch(name)}
+
+
 def _first_layers(state: State, layers: int) -> State:
-    def is_kept(name: str) -> bool:
-        match = re.match(r"encoder\.layers\.(\d+)\.", name)
-        return match is None or int(match[1]) < layers
-
-    return {name: tensor for name, tensor in state.items() if is_kept(name)}
+    return {name: tensor for name, tensor in state.items() if int(take_number(name)[1] or 0) < layers}
 
 
-def _match(name: str, template: str) -> str | None:
-    """The layer's number in `name`, "" where the template has none; None where they do not fit."""
-    match = re.fullmatch(re.escape(template).replace(r"\{\}", r"(\d+)"), name)
-    return match and "".join(match.groups())
+def _find(name: str, known: Collection[str]) -> tuple[str, str]:
+    """The name without its layer's number, and that number."""
+    template, number = take_number(name)
+    if template not in known:
+        raise UserError(f"{name} is no tensor of this encoder: its file is damaged or another model's")
+    return template, number
 
 
-def _find(name: str, sides: list[tuple[Rule, str]]) -> tuple[Rule, str]:
-    """The rule one of whose templates fits `name`, and the layer's number."""
-    for rule, template in sides:
-        layer = _match(name, template)
-        if layer is not None:
-            return rule, layer
-    raise UserError(f"{name} is no tensor of this encoder: its file is damaged or another model's")
-
-
-def _from_published(state: State, rules: tuple[Rule, ...]) -> State:
+def _from_published(state: State, rules: Rules) -> State:
     ours: State = {}
     for name, tensor in state.items():
-        rule, layer = _find(name, [(rule, rule.published) for rule in rules])
-        parts = tensor.reshape(tensor.shape[rule.axes :]).chunk(len(rule.ours))
-        ours |= {part.format(layer): x for part, x in zip(rule.ours, parts, strict=True)}
+        published, number = _find(name, rules)
+        parts = tensor.reshape(tensor.shape[_AXES.get(published, 0) :]).chunk(len(rules[published]))
+        ours |= {part.format(number): x for part, x in zip(rules[published], parts, strict=True)}
     return ours
 
 
-def _to_published(state: State, rules: tuple[Rule, ...]) -> State:
-    published: State = {}
+def _to_published(state: State, rules: Rules) -> State:
+    whole = {part: published for published, parts in rules.items() for part in parts}
+    result: State = {}
     for name in state:
-        rule, layer = _find(name, [(rule, part) for rule in rules for part in rule.ours])
-        if name == rule.ours[0].format(layer):
-            parts = [state[part.format(layer)] for part in rule.ours]
+        part, number = _find(name, whole)
+        published = whole[part]
+        if part == rules[published][0]:
+            parts = [state[each.format(number)] for each in rules[published]]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            published[rule.published.format(layer)] = tensor.reshape((1,) * rule.axes + tensor.shape)
-    return published
+            axes = (1,) * _AXES.get(published, 0)
+            result[published.format(number)] = tensor.reshape(axes + tensor.shape)
+    return result

@@ -1,26 +1,24 @@
-"""Sizes and our names of text and image encoder checkpoints, and of VAEs."""
+"""The arguments of every kind of module, read from its checkpoint, and its tensors with our names."""
 
 import math
-import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import yaml
 
+from turbodiffusion.checkpoints import encoder_keys
 from turbodiffusion.checkpoints.detect import Checkpoint
-from turbodiffusion.checkpoints.encoder_keys import (
-    image_from_published,
-    image_from_transformers,
-    text_from_published,
-    text_from_transformers,
-)
+from turbodiffusion.checkpoints.keys import count_layers
 from turbodiffusion.checkpoints.metadata import Numbers
-from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.checkpoints.report import shape_of
+from turbodiffusion.checkpoints.sources import Entries, mapped
 from turbodiffusion.checkpoints.vae_keys import vae_to_diffusers
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.variants import CONFIGS
 
-Sized = tuple[Numbers, dict[str, Entry]]
+Sized = tuple[Numbers, Entries]
 
 # VideoVAE's arguments -> the names in diffusers' config.json
 VAE_CONFIG = {
@@ -34,7 +32,27 @@ VAE_CONFIG = {
     "latent_mean": "latents_mean",
     "latent_std": "latents_std",
 }
+_OURS = {
+    ("text_encoder", "wan"): encoder_keys.text_from_published,
+    ("text_encoder", "diffusers"): encoder_keys.text_from_transformers,
+    ("image_encoder", "wan"): encoder_keys.image_from_published,
+    ("image_encoder", "diffusers"): encoder_keys.image_from_transformers,
+}
 _CLIP_HEAD_WIDTH = 80  # ViT-H
+
+
+def sized(checkpoint: Checkpoint, dtype: torch.dtype) -> Sized:
+    """The arguments of its class, less a text encoder's tokenizer, and its tensors; INT8 becomes `dtype`."""
+    report = checkpoint.report
+    if report.kind == "vae":
+        return sized_vae(checkpoint)
+    if report.config is not None:
+        return report.config, checkpoint.floats(dtype)
+    entries = mapped(checkpoint.entries, _OURS[report.kind, report.format])
+    shape = partial(shape_of, report, entries)
+    is_text = report.kind == "text_encoder"
+    config = _text_sizes(shape) if is_text else _image_sizes(shape, checkpoint.folder_config)
+    return {**config, "layers": count_layers(entries)}, entries
 
 
 def sized_vae(checkpoint: Checkpoint) -> Sized:
@@ -44,75 +62,51 @@ def sized_vae(checkpoint: Checkpoint) -> Sized:
     if report.format != "diffusers":
         return config, entries
     with torch.device("meta"):
-        names = list(VideoVAE(**config).state_dict())
-    theirs = {vae_to_diffusers(name, res_blocks=config["res_blocks"]): name for name in names}
-    return config, {theirs.get(name, name): entry for name, entry in entries.items()}
+        names = VideoVAE(**config).state_dict()
+    ours = {vae_to_diffusers(name, res_blocks=config["res_blocks"]): name for name in names}
+    return config, {ours.get(name, name): entry for name, entry in entries.items()}
 
 
 def _vae_config(checkpoint: Checkpoint) -> Numbers:
     """From diffusers' config.json or, by its widths, a published VAE, whose statistics are known."""
-    stated = checkpoint.folder_config
-    if checkpoint.report.format == "diffusers" and "latents_mean" in stated:
-        return {ours: stated[theirs] for ours, theirs in VAE_CONFIG.items() if stated.get(theirs) is not None}
-    suffix = "conv_in" if checkpoint.report.format == "diffusers" else "conv1"
-    last = "post_quant_conv" if checkpoint.report.format == "diffusers" else "conv2"
-    base = _shape(checkpoint, checkpoint.entries, f"encoder.{suffix}.weight")[0]
-    channels = _shape(checkpoint, checkpoint.entries, f"{last}.weight")[0]
+    report, stated = checkpoint.report, checkpoint.folder_config
+    first, last = "encoder.conv1", "conv2"
+    if report.format == "diffusers":
+        if "latents_mean" in stated:
+            given = {ours: stated.get(theirs) for ours, theirs in VAE_CONFIG.items()}
+            return {name: value for name, value in given.items() if value is not None}
+        first, last = "encoder.conv_in", "post_quant_conv"
+    base, channels = (shape_of(report, checkpoint.entries, f"{n}.weight", 5)[0] for n in (first, last))
     for name in ("wan2.1", "wan2.2"):
         config = yaml.safe_load((CONFIGS / "vae" / f"{name}.yaml").read_text())
         del config["_target_"]
         if (config["base"], config["latent_channels"]) == (base, channels):
             return config
     raise UserError(
-        f"{checkpoint.report.path} is a VAE of base width {base} with {channels} latent channels; "
+        f"{report.path} is a VAE of base width {base} with {channels} latent channels; "
         "without metadata only the Wan2.1 (96, 16) and Wan2.2 (160, 48) VAEs are known"
     )
 
 
-def sized_text_encoder(checkpoint: Checkpoint) -> Sized:
-    """TextEncoder's arguments, less the tokenizer, and its tensors."""
-    if checkpoint.report.config:
-        return checkpoint.report.config, checkpoint.entries
-    is_transformers = checkpoint.report.format == "diffusers"
-    entries = checkpoint.mapped(text_from_transformers if is_transformers else text_from_published)
-    vocab, dim = _shape(checkpoint, entries, "encoder.embed_tokens.weight")
-    first = "encoder.block.0.layer"
-    heads = _shape(checkpoint, entries, f"{first}.0.SelfAttention.relative_attention_bias.weight")[1]
-    config: Numbers = {
+def _text_sizes(shape: Callable[..., tuple[int, ...]]) -> Numbers:
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    vocab, dim = shape("encoder.embed_tokens.weight")
+    heads = shape(f"{attention}.relative_attention_bias.weight")[1]
+    return {
         "vocab": vocab,
         "dim": dim,
-        "ffn_dim": _shape(checkpoint, entries, f"{first}.1.DenseReluDense.wi_0.weight")[0],
+        "ffn_dim": shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
         "heads": heads,
-        "head_dim": _shape(checkpoint, entries, f"{first}.0.SelfAttention.q.weight")[0] // heads,
-        "layers": _layers(entries, r"encoder\.block\.(\d+)\."),
+        "head_dim": shape(f"{attention}.q.weight")[0] // heads,
     }
-    return config, entries
 
 
-def sized_image_encoder(checkpoint: Checkpoint) -> Sized:
-    """ImageEncoder's arguments and tensors."""
-    if checkpoint.report.config:
-        return checkpoint.report.config, checkpoint.entries
-    is_transformers = checkpoint.report.format == "diffusers"
-    entries = checkpoint.mapped(image_from_transformers if is_transformers else image_from_published)
-    dim, _, patch, _ = _shape(checkpoint, entries, "embeddings.patch_embedding.weight")
-    positions = _shape(checkpoint, entries, "embeddings.position_embedding.weight")[0]
-    config: Numbers = {
+def _image_sizes(shape: Callable[..., tuple[int, ...]], stated: dict[str, object]) -> Numbers:
+    dim, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
+    return {
         "dim": dim,
-        "ffn_dim": _shape(checkpoint, entries, "encoder.layers.0.mlp.fc1.weight")[0],
-        "heads": checkpoint.folder_config.get("num_attention_heads", dim // _CLIP_HEAD_WIDTH),
-        "layers": _layers(entries, r"encoder\.layers\.(\d+)\."),
+        "ffn_dim": shape("encoder.layers.0.mlp.fc1.weight")[0],
+        "heads": stated.get("num_attention_heads", dim // _CLIP_HEAD_WIDTH),
         "patch": patch,
-        "size": patch * math.isqrt(positions - 1),
+        "size": patch * math.isqrt(shape("embeddings.position_embedding.weight")[0] - 1),
     }
-    return config, entries
-
-
-def _layers(entries: dict[str, Entry], pattern: str) -> int:
-    return 1 + max(int(match[1]) for name in entries if (match := re.match(pattern, name)))
-
-
-def _shape(checkpoint: Checkpoint, entries: dict[str, Entry], name: str) -> tuple[int, ...]:
-    if name not in entries:
-        raise UserError(f"{checkpoint.report.path} is incomplete: it lacks {name}")
-    return entries[name].shape

@@ -6,34 +6,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from turbodiffusion.checkpoints import keys
 from turbodiffusion.checkpoints.detect import Checkpoint
 from turbodiffusion.checkpoints.encoder_keys import text_to_published
-from turbodiffusion.checkpoints.encoders import VAE_CONFIG, sized_image_encoder, sized_text_encoder, sized_vae
+from turbodiffusion.checkpoints.encoders import VAE_CONFIG, sized
 from turbodiffusion.checkpoints.files import appearing_folder
-from turbodiffusion.checkpoints.loading import check_fit, on_meta
-from turbodiffusion.checkpoints.metadata import Metadata, Numbers
+from turbodiffusion.checkpoints.loading import check_fit, kept_dtype, on_meta
+from turbodiffusion.checkpoints.metadata import Metadata, Numbers, class_of
 from turbodiffusion.checkpoints.saving import write_json, write_safetensors, write_shards, write_torch
-from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.checkpoints.sources import Entries, mapped
 from turbodiffusion.checkpoints.vae_keys import vae_to_diffusers
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.wan import CLIP_DIM, CLIP_TOKENS, WanModel
+from turbodiffusion.models.tokenizers import ByteTokenizer
+from turbodiffusion.models.wan import CLIP_DIM, CLIP_TOKENS
 
-# kind -> format -> what it may be written as: a file with that suffix, or "", a folder
-DESTINATIONS = {
-    "network": {
-        "ours": (".safetensors", ""),
-        "wan": (".safetensors", ""),
-        "diffusers": ("",),
-        "turbodiffusion": (".pth",),
-    },
-    "vae": {"ours": (".safetensors",), "wan": (".pth", ".safetensors"), "diffusers": ("",)},
-    "text_encoder": {"ours": (".safetensors",), "wan": (".pth",)},
-    "image_encoder": {"ours": (".safetensors",)},
-}
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _SLA = ".core.proj_l."
 
@@ -42,8 +29,17 @@ _SLA = ".core.proj_l."
 class Export:
     """Tensors with our names, checked and ready to be written, and what they are."""
 
-    entries: dict[str, Entry]
+    entries: Entries
     metadata: Metadata
+
+
+@dataclass(frozen=True)
+class Format:
+    """suffixes: of its files, "" for a folder; names: from ours to its; config: a folder's config.json."""
+
+    suffixes: tuple[str, ...]
+    names: Callable[[Entries, Numbers], Entries] | None = None
+    config: Callable[[Numbers], dict[str, object]] | None = None
 
 
 def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Export:
@@ -52,13 +48,16 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Export:
     INT8 weights become `dtype`, else bf16.  With a `dtype` a network's norms and modulation become fp32.
     """
     report = checkpoint.report
-    make, entries = _model_and_tensors(checkpoint, dtype or torch.bfloat16)
+    config, entries = sized(checkpoint, dtype or torch.bfloat16)
+    make = partial(class_of(report.kind), **config)
+    if report.kind == "text_encoder":
+        # no text is read here, so any tokenizer does
+        make = partial(make, tokenizer=ByteTokenizer())
     module = on_meta(make, report.path)
     # SLA's projection is no part of a dense network, but travels with it
     check_fit(module, {name: entry for name, entry in entries.items() if _SLA not in name}, report.path)
     if dtype is not None:
-        is_fp32 = WanModel.is_fp32 if report.kind == "network" else _never
-        entries = {name: _cast(e, torch.float32 if is_fp32(name) else dtype) for name, e in entries.items()}
+        entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}
     past = report.metadata.history if report.metadata else ()
     deed = {"converted": report.path.name, "from": report.format, "dtype": str(dtype or "as stored")}
     metadata = Metadata(report.kind, module.config, report.variant, report.sampling, (*past, deed))
@@ -72,21 +71,9 @@ def write(export: Export, path: Path, format: str, max_shard: int) -> None:
     """
     kind, config = export.metadata.kind, export.metadata.config
     suffix = check_destination(kind, path, format)
-    entries = export.entries
+    target = _FORMATS[kind][format]
+    entries = target.names(export.entries, config) if target.names else export.entries
     header = replace(export.metadata, format=format).header()
-    if kind == "network" and format == "diffusers":
-        if any(_SLA in name for name in entries):
-            raise UserError(
-                "diffusers has no place for SLA's proj_l; use format=ours or format=turbodiffusion"
-            )
-        entries = {keys.network_to_diffusers(name): entry for name, entry in entries.items()}
-    elif kind == "vae" and format == "diffusers":
-        entries = {vae_to_diffusers(n, res_blocks=config["res_blocks"]): e for n, e in entries.items()}
-    elif format == "turbodiffusion":
-        entries = keys.to_turbodiffusion(entries)
-    elif kind == "text_encoder" and format == "wan":
-        state = text_to_published({name: entry.load() for name, entry in entries.items()})
-        entries = {name: Entry.of(tensor) for name, tensor in state.items()}
     if suffix == ".pth":
         write_torch(path, entries)
     elif suffix:
@@ -94,55 +81,31 @@ def write(export: Export, path: Path, format: str, max_shard: int) -> None:
     else:
         with appearing_folder(path) as folder:
             write_shards(folder, entries, header, max_shard)
-            if (kind, format) in _FOLDER_CONFIGS:
-                write_json(folder / "config.json", _FOLDER_CONFIGS[kind, format](config))
+            if target.config:
+                write_json(folder / "config.json", target.config(config))
 
 
 def check_destination(kind: str, path: Path, format: str) -> str:
     """The suffix of the file to write, "" for a folder; UserError if kind, format and path do not agree."""
-    formats = DESTINATIONS[kind]
+    formats = _FORMATS[kind]
     if format not in formats:
-        raise UserError(
-            f"a {kind.replace('_', ' ')} can be written as {' or '.join(formats)}, not as {format}"
-        )
+        choices = " or ".join(formats)
+        raise UserError(f"a {kind.replace('_', ' ')} can be written as {choices}, not as {format}")
     suffix = path.suffix if path.suffix in _FILE_SUFFIXES else ""
-    if suffix not in formats[format]:
-        wanted = " or ".join(f"a {s} file" if s else "a folder (no suffix)" for s in formats[format])
-        raise UserError(f"format={format} writes {wanted}; got {path}")
+    if suffix not in formats[format].suffixes:
+        places = (f"a {s} file" if s else "a folder (no suffix)" for s in formats[format].suffixes)
+        raise UserError(f"format={format} writes {' or '.join(places)}; got {path}")
     return suffix
 
 
-def _never(name: str) -> bool:
-    return False
+def _network_to_diffusers(entries: Entries, config: Numbers) -> Entries:
+    if any(_SLA in name for name in entries):
+        raise UserError("diffusers has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
+    return {keys.network_to_diffusers(name): entry for name, entry in entries.items()}
 
 
-def _model_and_tensors(
-    checkpoint: Checkpoint, dtype: torch.dtype
-) -> tuple[Callable[[], nn.Module], dict[str, Entry]]:
-    kind = checkpoint.report.kind
-    if kind == "network":
-        assert checkpoint.report.config
-        return partial(WanModel, **checkpoint.report.config), checkpoint.floats(dtype)
-    if kind == "vae":
-        config, entries = sized_vae(checkpoint)
-        return partial(VideoVAE, **config), entries
-    from turbodiffusion.models.clip import ImageEncoder
-    from turbodiffusion.models.text import TextEncoder
-    from turbodiffusion.models.tokenizers import ByteTokenizer
-
-    if kind == "text_encoder":
-        config, entries = sized_text_encoder(checkpoint)
-        # no text is read here, so any tokenizer does
-        return partial(TextEncoder, tokenizer=ByteTokenizer(), **config), entries
-    config, entries = sized_image_encoder(checkpoint)
-    return partial(ImageEncoder, **config), entries
-
-
-def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
-    def load() -> Tensor:
-        return entry.load().to(dtype)
-
-    return replace(entry, dtype=dtype, load=load)
+def _vae_to_diffusers(entries: Entries, config: Numbers) -> Entries:
+    return {vae_to_diffusers(n, res_blocks=config["res_blocks"]): entry for n, entry in entries.items()}
 
 
 def _wan_config(config: Numbers) -> dict[str, object]:
@@ -152,9 +115,7 @@ def _wan_config(config: Numbers) -> dict[str, object]:
     return {
         "_class_name": "WanModel",
         "model_type": task,
-        "dim": config["dim"],
-        "ffn_dim": config["ffn_dim"],
-        "freq_dim": config["freq_dim"],
+        **{name: config[name] for name in ("dim", "ffn_dim", "freq_dim")},
         "in_dim": config["in_channels"],
         "out_dim": config["out_channels"],
         "num_heads": config["heads"],
@@ -167,16 +128,13 @@ def _wan_config(config: Numbers) -> dict[str, object]:
 def _diffusers_config(config: Numbers) -> dict[str, object]:
     """WanTransformer3DModel's arguments."""
     clip_tokens = config["clip_tokens"]
+    same = ("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim")
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
         "num_attention_heads": config["heads"],
         "attention_head_dim": config["dim"] // config["heads"],
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "text_dim": config["text_dim"],
-        "freq_dim": config["freq_dim"],
-        "ffn_dim": config["ffn_dim"],
+        **{name: config[name] for name in same},
         "num_layers": config["layers"],
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
@@ -192,7 +150,7 @@ def _diffusers_vae_config(config: Numbers) -> dict[str, object]:
     patch = config["patch"]
     return {
         "_class_name": "AutoencoderKLWan",
-        **{theirs: config[ours] for ours, theirs in VAE_CONFIG.items() if ours != "patch"},
+        **{theirs: config[ours] for ours, theirs in VAE_CONFIG.items()},
         "in_channels": 3 * patch**2,
         "out_channels": 3 * patch**2,
         "patch_size": patch if patch > 1 else None,
@@ -202,8 +160,22 @@ def _diffusers_vae_config(config: Numbers) -> dict[str, object]:
     }
 
 
-_FOLDER_CONFIGS: dict[tuple[str, str], Callable[[Numbers], dict[str, object]]] = {
-    ("network", "wan"): _wan_config,
-    ("network", "diffusers"): _diffusers_config,
-    ("vae", "diffusers"): _diffusers_vae_config,
+_OURS = Format((".safetensors",))
+_FORMATS = {
+    "network": {
+        "ours": Format((".safetensors", "")),
+        "wan": Format((".safetensors", ""), config=_wan_config),
+        "diffusers": Format(("",), _network_to_diffusers, _diffusers_config),
+        "turbodiffusion": Format((".pth",), lambda entries, _: keys.to_turbodiffusion(entries)),
+    },
+    "vae": {
+        "ours": _OURS,
+        "wan": Format((".pth", ".safetensors")),
+        "diffusers": Format(("",), _vae_to_diffusers, _diffusers_vae_config),
+    },
+    "text_encoder": {
+        "ours": _OURS,
+        "wan": Format((".pth",), lambda entries, _: mapped(entries, text_to_published)),
+    },
+    "image_encoder": {"ours": _OURS},
 }

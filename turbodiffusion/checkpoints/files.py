@@ -41,7 +41,9 @@ def appearing_folder(path: Path) -> Iterator[Path]:
         yield part
         old = _beside(path).with_suffix(".old")
         if path.exists():
-            _check_replaceable(path, part)
+            if foreign := sorted({p.name for p in path.iterdir()} - {p.name for p in part.iterdir()}):
+                names = ", ".join(foreign[:5])
+                raise UserError(f"{path} also holds {names}; choose another folder or empty it yourself")
             os.replace(path, old)
         os.replace(part, path)
         shutil.rmtree(old, ignore_errors=True)
@@ -50,14 +52,6 @@ def appearing_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} could not be written ({reason}); no partial folder was left") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _check_replaceable(old: Path, new: Path) -> None:
-    foreign = sorted({p.name for p in old.iterdir()} - {p.name for p in new.iterdir()})
-    if foreign:
-        raise UserError(
-            f"{old} also holds {', '.join(foreign[:5])}; choose another folder or empty it yourself"
-        )
 
 
 def _beside(path: Path) -> Path:

@@ -1,69 +1,82 @@
 """Names of the video transformer's tensors: ours (those of the published Wan files) <-> other formats.
 
-A name is a stem, with its block's number taken out, and a leaf such as `.weight`.  Stems are looked up whole
-in one table, so no rule can hit half a name and their order does not matter.
+A name is looked up whole, with its layer's number taken out, so no rule can hit a part of it.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import Tensor
+from turbodiffusion.checkpoints.sources import Entries, Entry
 
-from turbodiffusion.checkpoints.sources import Entry
-
-Entries = dict[str, Entry]
-
-# ours -> diffusers' WanTransformer3DModel; {} is the block's number
-_DIFFUSERS = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-    "blocks.{}.modulation": "blocks.{}.scale_shift_table",
-    # the affine norm; diffusers numbers them in the order of their use
-    "blocks.{}.norm3": "blocks.{}.norm2",
-    "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
-    "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
-    **{
-        f"blocks.{{}}.{ours}.{part}": f"blocks.{{}}.{theirs}.{their_part}"
-        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for part, their_part in (
-            *(("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")),
-            *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
-        )
-    },
-    "blocks.{}.cross_attn.k_img": "blocks.{}.attn2.add_k_proj",
-    "blocks.{}.cross_attn.v_img": "blocks.{}.attn2.add_v_proj",
-    "blocks.{}.cross_attn.norm_k_img": "blocks.{}.attn2.norm_added_k",
-}
-SLA_STEM = "blocks.{}.self_attn.core.proj_l"
-_TURBODIFFUSION = {SLA_STEM: "blocks.{}.self_attn.attn_op.local_attn.proj_l"}
-# names that converters outside this project gave SLA's projection in diffusers-like files
-_ALIASES = dict.fromkeys(
-    (
-        "blocks.{}.attn1.attn_op.local_attn.proj_l",
-        "blocks.{}.attn1.local_attn.proj_l",
-        "blocks.{}.attn1.attn_impl.proj_l",
-    ),
-    SLA_STEM,
-)
-_FROM_DIFFUSERS = {theirs: ours for ours, theirs in _DIFFUSERS.items()} | _ALIASES
-_FROM_TURBODIFFUSION = {theirs: ours for ours, theirs in _TURBODIFFUSION.items()}
-
-_NAME = re.compile(
-    r"(?:blocks\.(?P<block>\d+)\.)?(?P<rest>.+?)(?P<leaf>\.(?:weight|bias|int8_weight|scale|weight_scale_inv))?"
-)
+_LAYER = re.compile(r"(blocks|encoder\.block|encoder\.layers|visual\.transformer)\.(\d+)\.")
+_LEAVES = ("", ".weight", ".bias", ".int8_weight", ".scale", ".weight_scale_inv")
 _PATCH = "patch_embedding.weight"
+
+
+def take_number(name: str) -> tuple[str, str]:
+    """`blocks.7.norm3.bias` -> `blocks.{}.norm3.bias` and "7"; outside the layers, the name and ""."""
+    match = _LAYER.match(name)
+    return (f"{match[1]}.{{}}.{name[match.end() :]}", match[2]) if match else (name, "")
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """One more than the highest number of a layer."""
+    return 1 + max(int(number) for _, number in map(take_number, names) if number)
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    template, number = take_number(name)
+    return table[template].replace("{}", number) if template in table else name
+
+
+def _with_leaves(modules: dict[str, str]) -> dict[str, str]:
+    return {one + leaf: other + leaf for one, other in modules.items() for leaf in _LEAVES}
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {other: one for one, other in table.items()}
+
+
+_ATTENTION = {
+    **{"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"},
+    **{"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"},
+}
+# diffusers' WanTransformer3DModel
+_TO_DIFFUSERS = _with_leaves(
+    {
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+        "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+        "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+        "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+        "head.modulation": "scale_shift_table",
+        "head.head": "proj_out",
+        "blocks.{}.modulation": "blocks.{}.scale_shift_table",
+        # the affine norm; diffusers numbers them in the order of their use
+        "blocks.{}.norm3": "blocks.{}.norm2",
+        "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
+        "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
+        **{f"blocks.{{}}.self_attn.{a}": f"blocks.{{}}.attn1.{b}" for a, b in _ATTENTION.items()},
+        **{f"blocks.{{}}.cross_attn.{a}": f"blocks.{{}}.attn2.{b}" for a, b in _ATTENTION.items()},
+    }
+)
+_SLA = "blocks.{}.self_attn.core.proj_l"
+_TO_TURBODIFFUSION = _with_leaves({_SLA: "blocks.{}.self_attn.attn_op.local_attn.proj_l"})
+_FROM_TURBODIFFUSION = _inverse(_TO_TURBODIFFUSION)
+# converters outside this project have three names for SLA's projection in diffusers-like files
+_FROM_DIFFUSERS = _inverse(_TO_DIFFUSERS) | _with_leaves(
+    {
+        "blocks.{}.attn1.attn_op.local_attn.proj_l": _SLA,
+        "blocks.{}.attn1.local_attn.proj_l": _SLA,
+        "blocks.{}.attn1.attn_impl.proj_l": _SLA,
+    }
+)
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
@@ -78,7 +91,7 @@ def network_from_diffusers(name: str) -> str:
 
 def network_to_diffusers(name: str) -> str:
     """The inverse of network_from_diffusers."""
-    return _rename(name, _DIFFUSERS)
+    return _rename(name, _TO_DIFFUSERS)
 
 
 def from_turbodiffusion(entries: Entries) -> Entries:
@@ -92,7 +105,7 @@ def from_turbodiffusion(entries: Entries) -> Entries:
 
 def to_turbodiffusion(entries: Entries) -> Entries:
     """The inverse of from_turbodiffusion."""
-    renamed = {_rename(name, _TURBODIFFUSION): entry for name, entry in entries.items()}
+    renamed = {_rename(name, _TO_TURBODIFFUSION): entry for name, entry in entries.items()}
     patch = renamed[_PATCH]
     return renamed | {_PATCH: _reshaped(patch, (patch.shape[0], 4 * patch.shape[1]))}
 
@@ -114,15 +127,5 @@ def strip_prefixes(entries: Entries, *, ema: bool) -> tuple[Entries, list[str]]:
     return kept, [f"took the weights under {chosen!r}{aside}"]
 
 
-def _rename(name: str, table: dict[str, str]) -> str:
-    match = _NAME.fullmatch(name)
-    assert match
-    stem = match["rest"] if match["block"] is None else f"blocks.{{}}.{match['rest']}"
-    return table.get(stem, stem).replace("{}", match["block"] or "{}") + (match["leaf"] or "")
-
-
 def _reshaped(entry: Entry, shape: tuple[int, ...]) -> Entry:
-    def load() -> Tensor:
-        return entry.load().reshape(shape)
-
-    return replace(entry, shape=shape, load=load)
+    return replace(entry, shape=shape, load=lambda: entry.load().reshape(shape))

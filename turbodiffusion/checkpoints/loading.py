@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -13,11 +14,13 @@ from torch import nn
 
 from turbodiffusion.attention import DenseAttention
 from turbodiffusion.checkpoints.detect import Checkpoint, open_checkpoint
-from turbodiffusion.checkpoints.encoders import sized_image_encoder, sized_text_encoder, sized_vae
+from turbodiffusion.checkpoints.encoders import sized
 from turbodiffusion.checkpoints.locate import locate
+from turbodiffusion.checkpoints.metadata import class_of
 from turbodiffusion.checkpoints.report import Report
-from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.tokenizers import ByteTokenizer, FileTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import Sampling, Variant
@@ -64,26 +67,16 @@ def load_network(
         )
     if report.variant is None:
         choices = ", ".join(report.candidates) or "the one whose task and channels it shares"
-        raise UserError(
-            f"{report.path} does not say which variant it is; pass variant= with one of {choices}"
-        )
-    assert report.config
+        raise UserError(f"{report.path} does not say its variant; pass variant= with one of {choices}")
     assert report.sampling
-    network = _build(
-        lambda: WanModel(**report.config, core=core),
-        checkpoint.floats(dtype),
-        report.path,
-        lambda name: (device, torch.float32 if WanModel.is_fp32(name) else dtype),
-    )
+    network = _build(checkpoint, partial(WanModel, core=core), device, dtype)
     own = replace(named_variant(report.variant), network=network.config)
     return LoadedNetwork(network, own, report.sampling, report)
 
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
     """A VAE: ours, the published .pth or diffusers'.  Raises UserError for a file that does not fit."""
-    checkpoint = _open(path, "vae")
-    config, entries = sized_vae(checkpoint)
-    return _build(lambda: VideoVAE(**config), entries, checkpoint.report.path, lambda name: (device, dtype))
+    return _build(_open(path, "vae"), VideoVAE, device, dtype)
 
 
 def load_text_encoder(
@@ -97,35 +90,23 @@ def load_text_encoder(
 
     Raises UserError for a file that does not fit.
     """
-    from turbodiffusion.models.text import TextEncoder
-    from turbodiffusion.models.tokenizers import ByteTokenizer, FileTokenizer
 
-    checkpoint = _open(path, "text_encoder")
-    config, entries = sized_text_encoder(checkpoint)
-    if tokenizer is None and config["vocab"] == ByteTokenizer.vocab:
-        reader = ByteTokenizer()
-    else:
-        reader = FileTokenizer(tokenizer or locate("tokenizer", "umt5_xxl", Path(path)))
-    return _build(
-        lambda: TextEncoder(tokenizer=reader, **config),
-        entries,
-        checkpoint.report.path,
-        lambda name: (device, dtype),
-    )
+    def make(*, vocab: int, **sizes: int) -> TextEncoder:
+        if tokenizer is None and vocab == ByteTokenizer.vocab:
+            reader = ByteTokenizer()
+        else:
+            reader = FileTokenizer(tokenizer or locate("tokenizer", "umt5_xxl", Path(path)))
+        return class_of("text_encoder")(tokenizer=reader, vocab=vocab, **sizes)
+
+    return _build(_open(path, "text_encoder"), make, device, dtype)
 
 
 def load_image_encoder(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
     """A CLIP image tower.  Raises UserError for a file that does not fit."""
-    from turbodiffusion.models.clip import ImageEncoder
-
-    checkpoint = _open(path, "image_encoder")
-    config, entries = sized_image_encoder(checkpoint)
-    return _build(
-        lambda: ImageEncoder(**config), entries, checkpoint.report.path, lambda name: (device, dtype)
-    )
+    return _build(_open(path, "image_encoder"), class_of("image_encoder"), device, dtype)
 
 
-def fill(module: nn.Module, entries: dict[str, Entry], path: Path, place: Place) -> None:
+def fill(module: nn.Module, entries: Entries, path: Path, place: Place) -> None:
     """Give a module built on the meta device its tensors, each at its `place`; one copy, read one by one."""
     check_fit(module, entries, path)
     state = {}
@@ -134,8 +115,7 @@ def fill(module: nn.Module, entries: dict[str, Entry], path: Path, place: Place)
         # a copy, since what was read may be a window on the file
         state[name] = entries[name].load().to(device, dtype, copy=True)
     module.load_state_dict(state, strict=True, assign=True)
-    tensors = chain(module.named_parameters(), module.named_buffers())
-    assert not [name for name, tensor in tensors if tensor.is_meta]
+    assert not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
 
 
 def on_meta(make: Callable[[], Module], path: Path) -> Module:
@@ -147,7 +127,12 @@ def on_meta(make: Callable[[], Module], path: Path) -> Module:
         raise UserError(f"{path} carries a config that does not fit this code: {error}") from error
 
 
-def check_fit(module: nn.Module, entries: dict[str, Entry], path: Path) -> None:
+def kept_dtype(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor becomes in a module of `dtype`: a network's norms and modulation stay fp32."""
+    return torch.float32 if kind == "network" and WanModel.is_fp32(name) else dtype
+
+
+def check_fit(module: nn.Module, entries: Entries, path: Path) -> None:
     """Raises UserError naming up to ten missing, unexpected and misfitting tensors each; reads none."""
     wanted = module.state_dict()
     misfits = [
@@ -167,12 +152,16 @@ def check_fit(module: nn.Module, entries: dict[str, Entry], path: Path) -> None:
 def _open(path: str | Path, kind: str, *, variant: str | None = None, ema: bool = True) -> Checkpoint:
     checkpoint = open_checkpoint(path, kind=kind, variant=variant, ema=ema)
     if checkpoint.report.kind != kind:
-        got, wanted = checkpoint.report.kind.replace("_", " "), kind.replace("_", " ")
+        got, wanted = (each.replace("_", " ") for each in (checkpoint.report.kind, kind))
         raise UserError(f"{checkpoint.report.path} holds {got} weights; wanted {wanted} weights")
     return checkpoint
 
 
-def _build(make: Callable[[], Module], entries: dict[str, Entry], path: Path, place: Place) -> Module:
-    module = on_meta(make, path)
-    fill(module, entries, path, place)
+def _build(
+    checkpoint: Checkpoint, make: Callable[..., Module], device: torch.device | str, dtype: torch.dtype
+) -> Module:
+    kind, path = checkpoint.report.kind, checkpoint.report.path
+    config, entries = sized(checkpoint, dtype)
+    module = on_meta(partial(make, **config), path)
+    fill(module, entries, path, lambda name: (device, kept_dtype(kind, name, dtype)))
     return module

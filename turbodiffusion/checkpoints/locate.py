@@ -8,35 +8,22 @@ from turbodiffusion.errors import UserError
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 FOLDER_VARIABLE = "TURBODIFFUSION_WEIGHTS"
 
-# (kind, name) -> file or folder names, as published, and who publishes them
+_OURS = "this repository's assets/"
+_T2V = "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
+_TI2V = "huggingface.co/Wan-AI/Wan2.2-TI2V-5B"
+_I2V = "huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P"
+_T5 = "models_t5_umt5-xxl-enc-bf16.pth"
+_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+# (kind, name) -> who publishes it, and its file or folder names: as published, ours, and diffusers'
 _PUBLISHED = {
-    ("network", "wan_tiny"): (("wan_tiny.safetensors",), "this repository's assets/"),
-    ("vae", "tiny"): (("vae_tiny.safetensors",), "this repository's assets/"),
-    ("vae", "wan2.1"): (
-        ("Wan2.1_VAE.pth", "wan2.1_vae.safetensors", "vae"),
-        "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
-    ),
-    ("vae", "wan2.2"): (
-        ("Wan2.2_VAE.pth", "wan2.2_vae.safetensors", "vae"),
-        "huggingface.co/Wan-AI/Wan2.2-TI2V-5B",
-    ),
-    ("text_encoder", "tiny"): (("text_tiny.safetensors",), "this repository's assets/"),
-    ("text_encoder", "umt5_xxl"): (
-        ("models_t5_umt5-xxl-enc-bf16.pth", "umt5_xxl.safetensors", "text_encoder"),
-        "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
-    ),
-    ("tokenizer", "umt5_xxl"): (
-        ("google/umt5-xxl", "umt5-xxl", "tokenizer"),
-        "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B (folder google/umt5-xxl)",
-    ),
-    ("image_encoder", "clip_vit_h"): (
-        (
-            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-            "clip_vit_h.safetensors",
-            "image_encoder",
-        ),
-        "huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P",
-    ),
+    ("network", "wan_tiny"): (_OURS, "wan_tiny.safetensors"),
+    ("vae", "tiny"): (_OURS, "vae_tiny.safetensors"),
+    ("vae", "wan2.1"): (_T2V, "Wan2.1_VAE.pth", "wan2.1_vae.safetensors", "vae"),
+    ("vae", "wan2.2"): (_TI2V, "Wan2.2_VAE.pth", "wan2.2_vae.safetensors", "vae"),
+    ("text_encoder", "tiny"): (_OURS, "text_tiny.safetensors"),
+    ("text_encoder", "umt5_xxl"): (_T2V, _T5, "umt5_xxl.safetensors", "text_encoder"),
+    ("tokenizer", "umt5_xxl"): (_T2V, "google/umt5-xxl", "umt5-xxl", "tokenizer"),
+    ("image_encoder", "clip_vit_h"): (_I2V, _CLIP, "clip_vit_h.safetensors", "image_encoder"),
 }
 
 
@@ -52,12 +39,11 @@ def locate(kind: str, name: str, beside: Path, *, given: str | Path | None = Non
         if not path.exists():
             raise UserError(f"{kind} {path} does not exist; give an existing file or folder")
         return path
-    files, publisher = _PUBLISHED[kind, name]
+    publisher, *files = _PUBLISHED[kind, name]
     folders = _folders(beside)
-    for folder in folders:
-        for file in files:
-            if (folder / file).exists():
-                return folder / file
+    for path in (folder / file for folder in folders for file in files):
+        if path.exists():
+            return path
     places = ", ".join(dict.fromkeys(map(str, folders)))
     raise UserError(
         f"no {kind.replace('_', ' ')} {name}: looked for {' or '.join(files)} in {places}; "

@@ -4,7 +4,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import nn
+
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import Sampling
 
 KEY = "turbodiffusion"
@@ -38,15 +42,36 @@ def read_metadata(header: dict[str, str], path: Path) -> Metadata | None:
         stored = json.loads(header[KEY])
         version = stored.pop("version")
         if version != VERSION:
-            raise UserError(
-                f"{path} has metadata version {version}, this code reads {VERSION}; update the code"
-            )
+            raise UserError(f"{path} has metadata version {version}, wanted {VERSION}; update the code")
         if stored["kind"] not in KINDS:
             raise UserError(f"{path} is of kind {stored['kind']!r}, this code reads {', '.join(KINDS)}")
         sampling = stored.pop("sampling", None)
         history = tuple(stored.pop("history", ()))
         return Metadata(**stored, sampling=sampling and Sampling(**sampling), history=history)
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} carries metadata that can not be understood: {error}") from error
+
+
+def class_of(kind: str) -> type[nn.Module]:
+    """The class of a kind; the encoders' are imported when asked for: transformers takes seconds."""
+    if kind == "network":
+        return WanModel
+    if kind == "vae":
+        return VideoVAE
+    if kind == "text_encoder":
+        from turbodiffusion.models.text import TextEncoder
+
+        return TextEncoder
+    from turbodiffusion.models.clip import ImageEncoder
+
+    return ImageEncoder
+
+
+def kind_of(module: nn.Module) -> str:
+    """One of KINDS; TypeError for any other module."""
+    for kind in KINDS:
+        if isinstance(module, class_of(kind)):
+            return kind
+    raise TypeError(f"{type(module).__name__} is no network, VAE or encoder")

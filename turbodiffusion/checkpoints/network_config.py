@@ -3,13 +3,15 @@
 import inspect
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from turbodiffusion.checkpoints.report import Report
-from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.checkpoints.keys import count_layers
+from turbodiffusion.checkpoints.report import Report, shape_of
+from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import CLIP_TOKENS, WanModel
-from turbodiffusion.variants import Sampling, Variant, variants
+from turbodiffusion.variants import Variant, variants
 from turbodiffusion.variants import variant as named_variant
 
 HEAD_WIDTH = 128  # of every published Wan network
@@ -18,7 +20,7 @@ _DEFAULTS = {name: default for name, default in _ARGUMENTS.items() if isinstance
 
 
 def network_config(
-    report: Report, entries: dict[str, Entry], folder_config: dict[str, object], reasons: list[str]
+    report: Report, entries: Entries, folder_config: dict[str, object], reasons: list[str]
 ) -> dict[str, int]:
     """WanModel's arguments.  What shapes can not tell: metadata, config.json or the variant of that size."""
     if report.metadata:
@@ -26,18 +28,17 @@ def network_config(
             raise UserError(f"{report.path} carries metadata with other sizes than WanModel's: {differing}")
         reasons.append("sizes: from our metadata")
         return dict(report.metadata.config)
-    seen = _sizes(report.path, entries)
+    seen = _sizes(report, entries)
     reasons.append("sizes, from shapes: " + ", ".join(f"{name} {size}" for name, size in seen.items()))
-    fitting = [variant for variant in variants().values() if _fits(variant, seen)]
-    known = _network(fitting[0]) if fitting else {}
+    known = next((_network(name) for name in _fitting(seen)), _DEFAULTS)
     heads = folder_config.get("num_heads", folder_config.get("num_attention_heads")) or known.get("heads")
-    length = folder_config.get("text_len") or known.get("text_length") or _DEFAULTS["text_length"]
+    length = folder_config.get("text_len") or known["text_length"]
     if heads is None:
-        if seen["dim"] % HEAD_WIDTH:
+        heads, rest = divmod(seen["dim"], HEAD_WIDTH)
+        if rest:
             raise UserError(
-                f"{report.path} does not say its number of heads: width {seen['dim']} is no multiple of 128"
+                f"{report.path} does not say its heads: width {seen['dim']} is no multiple of 128"
             )
-        heads = seen["dim"] // HEAD_WIDTH
     reasons.append(f"heads {heads} and text length {length}: from config.json, the variant, or Wan's usual")
     return {**seen, "heads": heads, "text_length": length}
 
@@ -45,7 +46,7 @@ def network_config(
 def choose_variant(report: Report, asked: str | None, reasons: list[str]) -> Report:
     """The report with candidates, variant, expert, sampling: asked for, stated, the only one or guessed."""
     assert report.config
-    fitting = tuple(variant.name for variant in variants().values() if _fits(variant, report.config))
+    fitting = _fitting(report.config)
     reasons.append(f"variants of these sizes: {', '.join(fitting) or 'none'}")
     name = asked or (report.metadata and report.metadata.variant)
     if name:
@@ -53,47 +54,40 @@ def choose_variant(report: Report, asked: str | None, reasons: list[str]) -> Rep
         _check_asked(report, named_variant(name), fitting)
     elif len(fitting) == 1:
         name = fitting[0]
-    elif guess := _named_in(report.path, fitting):
-        name = guess
+    elif name := _named_in(report.path, fitting):
         reasons.append(f"variant: {name}, a guess from the file's name; variant= overrides it")
     elif fitting:
-        reasons.append(
-            "variant: keys and shapes can not tell these apart and the name does not say; pass variant="
-        )
+        reasons.append("variant: shapes can not tell these apart and the name does not say; pass variant=")
     report = replace(report, candidates=fitting, variant=name)
     return _sampling(report, variants()[name], reasons) if name else report
 
 
 def _sampling(report: Report, variant: Variant, reasons: list[str]) -> Report:
+    """The report with the expert and the sampling."""
     expert = _expert(report.path) if variant.experts else None
     if variant.experts:
         said = f"{expert} noise, from the name" if expert else "the name does not say"
         reasons.append(f"expert: keys can not tell high from low noise; {said}")
+    sampling = variant.sampling
     if report.metadata and report.metadata.sampling:
-        reasons.append(f"sampling: from our metadata ({report.metadata.sampling.sampler})")
-        return replace(report, expert=expert, sampling=report.metadata.sampling)
-    if any(re.search(r"turbowan|(^|[^a-z])rcm([^a-z]|$)", part.lower()) for part in _parts(report.path)[:2]):
+        sampling = report.metadata.sampling
+        reasons.append(f"sampling: from our metadata ({sampling.sampler})")
+    elif any(re.search(r"turbowan|(^|[^a-z])rcm([^a-z]|$)", part) for part in _parts(report.path)[:2]):
+        # the published students start at these noise levels
+        sampling = sampling.as_student(80.0 if "t2v" in variant.tasks else 200.0)
         reasons.append("student: a guess from the name; keys can not tell teacher from student")
-        return replace(report, expert=expert, sampling=_student_sampling(variant))
-    reasons.append(
-        "teacher: assumed; keys can not tell teacher from student and the name does not say student"
-    )
-    return replace(report, expert=expert, sampling=variant.sampling)
-
-
-def _student_sampling(variant: Variant) -> Sampling:
-    # the published students start at these noise levels
-    return variant.sampling.as_student(80.0 if "t2v" in variant.tasks else 200.0)
+    else:
+        reasons.append("teacher: assumed; keys can not tell, and the name does not say student")
+    return replace(report, expert=expert, sampling=sampling)
 
 
 def _check_asked(report: Report, variant: Variant, fitting: tuple[str, ...]) -> None:
     """A network of unknown size may take any variant whose inputs and outputs it shares."""
     if variant.name in fitting:
         return
-    wanted, got = _network(variant), report.config
+    wanted, got = _network(variant.name), report.config
     assert got
-    interface = ("in_channels", "out_channels", "clip_tokens", "text_dim")
-    compared = list(got) if fitting else list(interface)
+    compared = got if fitting else ("in_channels", "out_channels", "clip_tokens", "text_dim")
     if differing := [
         f"{name} {got[name]} (wanted {wanted[name]})" for name in compared if got[name] != wanted[name]
     ]:
@@ -101,34 +95,26 @@ def _check_asked(report: Report, variant: Variant, fitting: tuple[str, ...]) -> 
         raise UserError(f"{report.path} is no {variant.name}: {', '.join(differing)}{hint}")
 
 
-def _network(variant: Variant) -> dict[str, int]:
-    return _DEFAULTS | variant.network
+def _network(name: str) -> dict[str, int]:
+    return _DEFAULTS | variants()[name].network
 
 
-def _fits(variant: Variant, sizes: dict[str, int]) -> bool:
-    network = _network(variant)
-    return all(network[name] == size for name, size in sizes.items())
+def _fitting(sizes: dict[str, int]) -> tuple[str, ...]:
+    """The variants of these sizes."""
+    return tuple(name for name in variants() if sizes.items() <= _network(name).items())
 
 
-def _sizes(path: Path, entries: dict[str, Entry]) -> dict[str, int]:
+def _sizes(report: Report, entries: Entries) -> dict[str, int]:
     """The sizes that shapes tell."""
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        if name not in entries or len(entries[name].shape) != axes:
-            raise UserError(
-                f"{path} looks like a Wan network but its {name} is missing or not {axes}-D; it is incomplete"
-            )
-        return entries[name].shape
-
+    shape = partial(shape_of, report, entries)
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
-    blocks = {int(match[1]) for name in entries if (match := re.match(r"blocks\.(\d+)\.", name))}
     clip_tokens = CLIP_TOKENS if "img_emb.proj.0.weight" in entries else 0
     if "img_emb.emb_pos" in entries:
         clip_tokens = shape("img_emb.emb_pos", 3)[1]
     return {
         "dim": dim,
         "ffn_dim": shape("blocks.0.ffn.0.weight")[0],
-        "layers": 1 + max(blocks),
+        "layers": count_layers(entries),
         "in_channels": in_channels,
         "out_channels": shape("head.head.weight")[0] // 4,
         "text_dim": shape("text_embedding.0.weight")[1],
@@ -138,17 +124,17 @@ def _sizes(path: Path, entries: dict[str, Entry]) -> dict[str, int]:
 
 
 def _parts(path: Path) -> list[str]:
-    """The path's names, the innermost first; no deeper than a hub's cache goes."""
-    return list(reversed(path.absolute().parts))[:5]
+    """The path's names in small letters, the innermost first; no deeper than a hub's cache goes."""
+    return [part.lower() for part in reversed(path.absolute().parts)][:5]
 
 
 def _named_in(path: Path, names: tuple[str, ...]) -> str | None:
+    experts = [name for name in names if variants()[name].experts]
     for part in _parts(path):
-        text = re.sub(r"[^a-z0-9]", "", part.lower())
+        text = re.sub(r"[^a-z0-9]", "", part)
         for name in names:
             if re.sub(r"[^a-z0-9]", "", name) in text:
                 return name
-        experts = [name for name in names if variants()[name].experts]
         if re.search(r"(high|low)noise", text) and len(experts) == 1:
             return experts[0]
     return None
@@ -156,7 +142,7 @@ def _named_in(path: Path, names: tuple[str, ...]) -> str | None:
 
 def _expert(path: Path) -> str | None:
     for part in _parts(path)[:2]:
-        words = re.split(r"[^a-z0-9]+", part.lower())
+        words = re.split(r"[^a-z0-9]+", part)
         for expert in ("high", "low"):
             if expert in words:
                 return expert

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.errors import UserError
 
 TILE = 128
@@ -23,7 +23,7 @@ def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
     return full.mul_(weight)
 
 
-def dequantised(entries: dict[str, Entry], dtype: torch.dtype) -> dict[str, Entry]:
+def dequantised(entries: Entries, dtype: torch.dtype) -> Entries:
     """The same tensors with every pair of integers and scales replaced by one `.weight` in `dtype`.
 
     Pairs are `X.int8_weight` with `X.scale`, or an int8 `X.weight` with `X.weight_scale_inv`.  Raises
@@ -36,9 +36,7 @@ def dequantised(entries: dict[str, Entry], dtype: torch.dtype) -> dict[str, Entr
         if partner is None:
             continue
         if f"{layer}.{partner}" not in entries:
-            raise UserError(
-                f"quantised layer {layer} has {leaf} but no {partner}; the checkpoint is incomplete"
-            )
+            raise UserError(f"quantised layer {layer} has {leaf} but no {partner}; its file is incomplete")
         one, other = plain.pop(name), plain.pop(f"{layer}.{partner}")
         weight, scale = (one, other) if leaf == "int8_weight" else (other, one)
         plain[f"{layer}.weight"] = _pair(layer, weight, scale, dtype)

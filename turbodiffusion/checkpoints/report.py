@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from turbodiffusion.checkpoints.metadata import Metadata, Numbers
+from turbodiffusion.checkpoints.sources import Entries
+from turbodiffusion.errors import UserError
 from turbodiffusion.variants import Sampling
 
 
@@ -27,3 +29,11 @@ class Report:
     expert: str | None = None  # high or low
     quantised: bool = False
     sla: bool = False
+
+
+def shape_of(report: Report, entries: Entries, name: str, axes: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that tells sizes; UserError if it is missing or has not that many axes."""
+    if name not in entries or len(entries[name].shape) != axes:
+        kind = f"a Wan {report.kind.replace('_', ' ')}"
+        raise UserError(f"{report.path} looks like {kind} but its {name} is missing or not {axes}-D")
+    return entries[name].shape

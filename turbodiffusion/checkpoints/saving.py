@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from turbodiffusion.checkpoints.files import appearing
-from turbodiffusion.checkpoints.metadata import Metadata
-from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SAFETENSORS_DTYPES, Entry
-from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.wan import WanModel
+from turbodiffusion.checkpoints.metadata import Metadata, kind_of
+from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SAFETENSORS_DTYPES, SHARD_NAME, Entries, Entry
 from turbodiffusion.variants import Sampling
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -38,24 +36,7 @@ def save(
     write_safetensors(Path(path).expanduser(), entries, metadata.header())
 
 
-def kind_of(module: nn.Module) -> str:
-    """network, vae, text_encoder or image_encoder; TypeError for any other module."""
-    if isinstance(module, WanModel):
-        return "network"
-    if isinstance(module, VideoVAE):
-        return "vae"
-    # here, since they import transformers, which takes seconds
-    from turbodiffusion.models.clip import ImageEncoder
-    from turbodiffusion.models.text import TextEncoder
-
-    if isinstance(module, TextEncoder):
-        return "text_encoder"
-    if isinstance(module, ImageEncoder):
-        return "image_encoder"
-    raise TypeError(f"{type(module).__name__} is no network, VAE or encoder")
-
-
-def write_safetensors(path: Path, entries: dict[str, Entry], header: dict[str, str]) -> None:
+def write_safetensors(path: Path, entries: Entries, header: dict[str, str]) -> None:
     """One safetensors file, which takes no more memory than its largest tensor."""
     # widest first: every tensor is aligned to its own width
     names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
@@ -73,12 +54,13 @@ def write_safetensors(path: Path, entries: dict[str, Entry], header: dict[str, s
     with appearing(path, 8 + len(head) + end) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for name in names:
-            file.write(_bytes(entries[name]))
+            tensor = entries[name].load().detach().cpu().contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def write_shards(folder: Path, entries: dict[str, Entry], header: dict[str, str], max_shard: int) -> None:
+def write_shards(folder: Path, entries: Entries, header: dict[str, str], max_shard: int) -> None:
     """Safetensors files of at most `max_shard` bytes (a larger tensor has its own) with their index."""
-    shards: list[dict[str, Entry]] = [{}]
+    shards: list[Entries] = [{}]
     size = 0
     for name, entry in entries.items():
         if shards[-1] and size + entry.nbytes > max_shard:
@@ -87,18 +69,18 @@ def write_shards(folder: Path, entries: dict[str, Entry], header: dict[str, str]
         shards[-1][name] = entry
         size += entry.nbytes
     if len(shards) == 1:
-        write_safetensors(folder / f"{STEM}.safetensors", entries, header)
-        return
-    placed: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        files = {f"{STEM}.safetensors": entries}
+    else:
+        files = {SHARD_NAME.format(STEM, n, len(shards)): shard for n, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
         write_safetensors(folder / file, shard, header)
-        placed |= dict.fromkeys(shard, file)
-    total = sum(entry.nbytes for entry in entries.values())
-    write_json(folder / (STEM + INDEX_SUFFIX), {"metadata": {"total_size": total}, "weight_map": placed})
+    if len(shards) > 1:
+        placed = {name: file for file, shard in files.items() for name in shard}
+        total = sum(entry.nbytes for entry in entries.values())
+        write_json(folder / (STEM + INDEX_SUFFIX), {"metadata": {"total_size": total}, "weight_map": placed})
 
 
-def write_torch(path: Path, entries: dict[str, Entry]) -> None:
+def write_torch(path: Path, entries: Entries) -> None:
     """A flat torch file, as rCM and TurboDiffusion release them; holds one copy of the tensors."""
     with appearing(path, sum(entry.nbytes for entry in entries.values())) as part, part.open("wb") as file:
         try:
@@ -111,8 +93,3 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     """A JSON file."""
     with appearing(path) as part:
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _bytes(entry: Entry) -> memoryview:
-    tensor = entry.load().detach().cpu().contiguous()
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

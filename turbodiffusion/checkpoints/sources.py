@@ -9,7 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+SHARD_NAME = "{}-{:05d}-of-{:05d}.safetensors"  # stem, number from 1, how many
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,24 @@ class Entry:
         """The entry of a tensor that is already there."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
+    def to(self, dtype: torch.dtype) -> "Entry":
+        """The tensor in another dtype."""
+        return replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
+
     @property
     def nbytes(self) -> int:
         """Size of the tensor in bytes, as stored."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Entries = dict[str, Entry]
+State = dict[str, Tensor]
+
+
+def mapped(entries: Entries, rename: Callable[[State], State]) -> Entries:
+    """The tensors renamed by a function of state dicts.  Files are mapped, so nothing is read yet."""
+    state = rename({name: entry.load() for name, entry in entries.items()})
+    return {name: Entry.of(tensor) for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Source:
 
     path: Path
     layout: str
-    entries: dict[str, Entry]
+    entries: Entries
     header: dict[str, str] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -92,32 +107,27 @@ def open_source(path: str | Path, part: str = "transformer") -> Source:
 def _open_folder(folder: Path, part: str) -> Source:
     for candidate in (folder, folder / "model"):
         if (candidate / ".metadata").is_file():
-            return _open_dcp(candidate)
-    if (folder / part).is_dir() and (
-        (folder / "model_index.json").exists() or (folder / part / "config.json").exists()
-    ):
-        return _open_folder(folder / part, part)
+            entries = {name: Entry(*described) for name, described in chunked_tensors(candidate).items()}
+            return Source(candidate, DCP, entries)
+    inner = folder / part
+    if inner.is_dir() and ((folder / "model_index.json").exists() or (inner / "config.json").exists()):
+        return _open_folder(inner, part)
     if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
-        raise UserError(
-            f"{folder} holds two experts; give {folder / 'high_noise_model'} or {folder / 'low_noise_model'}"
-        )
+        raise UserError(f"{folder} holds two experts; give its high_noise_model or its low_noise_model")
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
-    files = sorted(folder.glob("*.safetensors"))
-    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
     if len(indices) == 1:
         return _open_index(indices[0])
-    if shards and len(shards) == len(files) and len({match["stem"] for match in shards}) == 1:
+    files = sorted(folder.glob("*.safetensors"))
+    shards = [_SHARD.fullmatch(file.name) for file in files]
+    if all(shards) and len({shard["stem"] for shard in shards}) == 1:
         return _open_shards(files)
     if len(files) == 1:
-        source = _open_file(files[0])
-        return Source(folder, source.layout, source.entries, source.header, _config_beside(files[0]))
-    found = [
-        file.name for pattern in ("*.safetensors", "*.pth", "*.pt") for file in sorted(folder.glob(pattern))
-    ]
-    holds = (
-        f"holds several files ({', '.join(found[:6])}); give one of them" if found else "holds no checkpoint"
-    )
-    raise UserError(f"folder {folder} {holds}")
+        return replace(_open_file(files[0]), path=folder, config=_config_beside(files[0]))
+    files += [*sorted(folder.glob("*.pth")), *sorted(folder.glob("*.pt"))]
+    if not files:
+        raise UserError(f"folder {folder} holds no checkpoint")
+    names = ", ".join(file.name for file in files[:6])
+    raise UserError(f"folder {folder} holds several files ({names}); give one of them")
 
 
 def _open_index(index: Path) -> Source:
@@ -129,7 +139,7 @@ def _open_index(index: Path) -> Source:
     source = _open_shards([index.with_name(name) for name in files])
     if lost := sorted(placed.keys() - source.entries.keys()):
         raise UserError(
-            f"{index} promises tensors that its files do not hold: {', '.join(lost[:10])}; fetch it again"
+            f"{index} promises what its files do not hold: {', '.join(lost[:10])}; fetch it again"
         )
     return source
 
@@ -138,32 +148,26 @@ def _open_shards(files: list[Path]) -> Source:
     """Shards as one source; a numbered shard brings in the rest of its set."""
     if shard := _SHARD.fullmatch(files[0].name):
         total = int(shard["total"])
-        names = [f"{shard['stem']}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        names = (SHARD_NAME.format(shard["stem"], number, total) for number in range(1, total + 1))
         files = sorted({*files, *(files[0].with_name(name) for name in names)})
+    folder = files[0].parent
     if missing := [file.name for file in files if not file.is_file()]:
-        lacks = f"lacks {len(missing)} of {len(files)} shards"
-        raise UserError(f"{files[0].parent} {lacks}: {', '.join(missing[:5])}; fetch them")
-    entries: dict[str, Entry] = {}
-    header: dict[str, str] = {}
+        names = ", ".join(missing[:5])
+        raise UserError(f"{folder} lacks {len(missing)} of {len(files)} shards: {names}; fetch them")
+    whole = Source(folder, f"safetensors, {len(files)} shards", {}, config=_config_beside(files[0]))
     for file in files:
         part = _open_safetensors(file)
-        if twice := entries.keys() & part.entries.keys():
-            raise UserError(
-                f"{file} repeats tensors of another shard, such as {min(twice)}; remove the stray file"
-            )
-        entries |= part.entries
-        header |= part.header
-    return Source(
-        files[0].parent, f"safetensors, {len(files)} shards", entries, header, _config_beside(files[0])
-    )
+        if twice := whole.entries.keys() & part.entries.keys():
+            raise UserError(f"{file} repeats {min(twice)} of another shard; remove the stray file")
+        whole.entries.update(part.entries)
+        whole.header.update(part.header)
+    return whole
 
 
 def _config_beside(file: Path) -> dict[str, object]:
     config = file.with_name("config.json")
-    if not config.is_file():
-        return {}
     try:
-        return dict(json.loads(config.read_text()))
+        return dict(json.loads(config.read_text())) if config.is_file() else {}
     except (ValueError, TypeError) as error:
         raise UserError(f"{config} is not a JSON object: {error}") from error
 
@@ -172,9 +176,7 @@ def _open_file(path: Path) -> Source:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
-        )
+        raise UserError(f"{path} is a Git LFS pointer; run `git lfs pull` or download the file itself")
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _open_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
@@ -183,47 +185,35 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_safetensors(path: Path) -> Source:
+    entries = {}
     try:
         handle = safe_open(path, framework="pt")
-        entries = {name: _safetensors_entry(handle, name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            stored = handle.get_slice(name)
+            dtype = SAFETENSORS_DTYPES[stored.get_dtype()]
+            entries[name] = Entry(tuple(stored.get_shape()), dtype, partial(handle.get_tensor, name))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from error
     except KeyError as error:
-        raise UserError(
-            f"{path} holds tensors of an unknown type {error}; use one of {', '.join(SAFETENSORS_DTYPES)}"
-        ) from error
+        known = ", ".join(SAFETENSORS_DTYPES)
+        raise UserError(f"{path} holds tensors of an unknown type {error}; use one of {known}") from error
     return Source(path, "safetensors", entries, dict(handle.metadata() or {}))
 
 
-def _safetensors_entry(handle: safe_open, name: str) -> Entry:
-    header = handle.get_slice(name)
-    return Entry(
-        tuple(header.get_shape()), SAFETENSORS_DTYPES[header.get_dtype()], partial(handle.get_tensor, name)
-    )
-
-
 def _open_torch(path: Path) -> Source:
-    whole = zipfile.is_zipfile(path)
-    with path.open("rb") as file:
-        if file.read(2) == b"PK" and not whole:
-            raise UserError(f"{path} is a truncated torch file; fetch it again")
     try:
         # only the zip format can be mapped; older pickles are read whole
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+        mmap = zipfile.is_zipfile(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        raise UserError(_refusal(path, str(error))) from error
+        said = f"{path} is not a torch checkpoint of tensors; nothing in it was run"
+        if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            said = f"{path} wants to run {blocked[1]} when opened; nothing was run: use a safetensors file"
+        raise UserError(said) from error
     except Exception as error:  # a damaged pickle may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a readable torch file (truncated or damaged): {reason}") from error
     return _torch_source(path, loaded)
-
-
-def _refusal(path: Path, reason: str) -> str:
-    if blocked := re.search(r"GLOBAL ([\w.]+)", reason):
-        return (
-            f"{path} wants to run {blocked[1]} when opened; refused, nothing was run: use a safetensors file"
-        )
-    return f"{path} is not a torch checkpoint of tensors; nothing in it was run"
 
 
 def _torch_source(path: Path, loaded: object) -> Source:
@@ -234,13 +224,7 @@ def _torch_source(path: Path, loaded: object) -> Source:
             notes.append(f"unwrapped the container {container!r}")
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}; wanted a dictionary of tensors")
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    if skipped := [str(name) for name in loaded if name not in tensors]:
+    entries = {str(name): Entry.of(x) for name, x in loaded.items() if isinstance(x, Tensor)}
+    if skipped := [str(name) for name in loaded if str(name) not in entries]:
         notes.append(f"left aside what is no tensor: {', '.join(skipped[:10])}")
-    entries = {str(name): Entry.of(tensor) for name, tensor in tensors.items()}
     return Source(path, "torch file", entries, notes=tuple(notes))
-
-
-def _open_dcp(folder: Path) -> Source:
-    entries = {name: Entry(*described) for name, described in chunked_tensors(folder).items()}
-    return Source(folder, DCP, entries)
