@@ -1,12 +1,4 @@
-"""Shards: files of encoded clips in two layouts, of which any one sample can be read without the others.
-
-tar, as published for rCM: a sample is the members of one key, KEY.latent.pt (C, T, h, w), KEY.embed.pt
-(S, E), KEY.prompt.txt and, for networks that see a picture, KEY.condition.pt (channels, T, h, w) and
-KEY.clip.pt (P, 1280): torch-saved bf16 tensors, read with weights_only.
-
-safetensors, ours: `latents`, `condition` and `clip` stacked over the N samples; `context`, every prompt's
-rows less the zeros that follow them, one prompt after another (sum of lengths, E); `lengths` (N,).  The
-metadata entry "shard" is JSON: keys, prompts and text_length, which is S.
+"""Shards: files of encoded clips in two layouts (docs/data.md), of which any sample can be read by itself.
 
 A tar's members are listed once and then read by offset.  The webdataset library reads shards from end to
 end, so it can neither draw one order over all samples nor enter it in the middle: stdlib tarfile it is.
@@ -16,16 +8,15 @@ import glob
 import json
 import pickle
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from turbodiffusion.checkpoints.files import appearing
@@ -69,42 +60,26 @@ class Sample:
 Keyed = tuple[str, Sample]
 
 
-class Shard(Protocol):
-    """A file of samples.  faults: what its incomplete samples lack, in a sentence each."""
-
-    path: Path
-    keys: list[str]
-    faults: list[str]
-
-    def read(self, number: int) -> Sample:
-        """The sample of keys[number]; UserError names file and key if it is damaged."""
-        ...
-
-
 class TarShard:
     """A shard of the published layout."""
 
     def __init__(self, path: Path, *, text_only: bool = False):
-        self.path, self.faults = path, []
-        self.names = TEXT if text_only else tuple(SUFFIXES)
-        complete = {}
-        for key, places in _members(path).items():
-            if lost := {*TEXT, "latents"} & set(self.names) - places.keys():
-                members = ", ".join(f".{SUFFIXES[name]}" for name in sorted(lost))
-                self.faults.append(f"{path}, sample {key}: {members} is missing; fetch or make it again")
-            else:
-                complete[key] = [places.get(name, (0, 0)) for name in self.names]
-        self.keys = list(complete)
+        self.path, self.names = path, TEXT if text_only else tuple(SUFFIXES)
+        members = _members(path)
+        self.keys = list(members)
         # (N, names, 2): offset and bytes; one tensor, since a large set has a million members
-        self.places = torch.tensor(list(complete.values()))
+        self.places = torch.tensor([[of.get(name, (0, 0)) for name in self.names] for of in members.values()])
 
     def read(self, number: int) -> Sample:
+        """The sample of keys[number]; UserError names file and key if it is damaged."""
         parts, where = {}, f"{self.path}, sample {self.keys[number]}"
         with self.path.open("rb") as file:
             for name, (offset, size) in zip(self.names, self.places[number].tolist(), strict=True):
                 if offset:
                     file.seek(offset)
                     parts[name] = _decoded(file.read(size), name, where)
+                elif name in (*TEXT, "latents"):
+                    raise UserError(f"{where}: .{SUFFIXES[name]} is missing; fetch or make it again")
         return Sample(**parts).checked(where)
 
 
@@ -147,22 +122,21 @@ class SafetensorsShard:
     """A shard of our own layout."""
 
     def __init__(self, path: Path, *, text_only: bool = False):
-        self.path, self.faults = path, []
+        self.path = path
         try:
             with safe_open(path, framework="pt") as file:
                 self.keys: list[str] = json.loads(file.metadata()["shard"])["keys"]
                 self.ends: list[int] = file.get_tensor("lengths").cumsum(0).tolist()
                 self.names = set(file.keys()) & (DIMENSIONS.keys() - {"context"})
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or no safetensors file ({error}); make it again") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no shard: its metadata does not list samples") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is truncated or no shard ({error}); make it again") from error
         if text_only:
             self.names.clear()
         elif "latents" not in self.names:
             raise UserError(f"{path} holds texts without clips: pass text_only=true, or another path")
 
     def read(self, number: int) -> Sample:
+        """The sample of keys[number]; UserError names file and key if it is damaged."""
         start = self.ends[number - 1] if number else 0
         with safe_open(self.path, framework="pt") as file:
             head = json.loads(file.metadata()["shard"])
@@ -173,7 +147,8 @@ class SafetensorsShard:
         return Sample(head["prompts"][number], context, **parts).checked(where)
 
 
-SHARDS: dict[str, Callable[..., Shard]] = {".tar": TarShard, ".safetensors": SafetensorsShard}
+Shard = TarShard | SafetensorsShard
+SHARDS: dict[str, type[Shard]] = {".tar": TarShard, ".safetensors": SafetensorsShard}
 
 
 def find_shards(path: str) -> list[Path]:
@@ -206,18 +181,11 @@ def write_tar(path: Path, samples: Iterable[Keyed]) -> None:
 def write_safetensors(path: Path, samples: Iterable[Keyed]) -> None:
     """A shard of our own layout.  The samples, at least one, are alike in shapes; all are held in memory."""
     keys, rows = zip(*samples, strict=True)
-    contexts = [row.context[: _length(row.context)] for row in rows]
-    tensors = {
-        name: torch.stack([row.tensors()[name] for row in rows])
-        for name in rows[0].tensors()
-        if name != "context"
-    }
+    columns = {name: [row.tensors()[name] for row in rows] for name in rows[0].tensors()}
+    contexts = [context[: _length(context)] for context in columns.pop("context")]
+    tensors = {name: torch.stack(column) for name, column in columns.items()}
     tensors |= {"context": torch.cat(contexts), "lengths": torch.tensor([len(x) for x in contexts])}
-    head = {
-        "keys": keys,
-        "prompts": [row.prompt for row in rows],
-        "text_length": len(rows[0].context),
-    }
+    head = {"keys": keys, "prompts": [row.prompt for row in rows], "text_length": len(rows[0].context)}
     with appearing(path) as part:
         save_file(tensors, part, {"shard": json.dumps(head, ensure_ascii=False)})
 
@@ -232,9 +200,8 @@ def _length(context: Tensor) -> int:
 
 
 def write_context(path: Path, context: Tensor, prompt: str) -> None:
-    """The embedding (S, E) of one prompt, such as the negative one, in a file of its own."""
-    with appearing(path) as part:
-        save_file({"context": context.contiguous()}, part, {"prompt": prompt})
+    """The embedding (S, E) of one prompt, such as the negative one: a shard of this text alone."""
+    write_safetensors(path, [("context", Sample(prompt, context))])
 
 
 def read_context(path: str | Path) -> Tensor:
@@ -243,12 +210,6 @@ def read_context(path: str | Path) -> Tensor:
     if not file.is_file():
         raise UserError(f"{path} does not exist: make it with python -m tools.make_data mode=negative")
     if file.suffix == ".safetensors":
-        try:
-            context = load_file(file).get("context")
-        except SafetensorError as error:
-            raise UserError(f"{path} is truncated or no safetensors file: {error}") from error
-    else:
-        context = _decoded(file.read_bytes(), "context", str(path))
-    if context is None or context.ndim != 2:
-        raise UserError(f"{path} holds no embedding (S, E) of a prompt: make it with mode=negative")
-    return Sample("", context).checked(str(path)).context
+        return SafetensorsShard(file, text_only=True).read(0).context
+    context = _decoded(file.read_bytes(), "context", str(file))
+    return Sample("", context).checked(str(file)).context

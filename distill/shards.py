@@ -7,10 +7,8 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,16 +18,13 @@ from distill.data import Shuffle
 from distill.shard_files import SHARDS, Sample, Shard, find_shards
 from turbodiffusion.errors import UserError
 
-SCANNERS = 16  # threads that list the shards' samples
-
 
 @dataclass
 class ShardedClips:
     """Endless batches of samples from shards (a folder or a pattern), drawn without replacement.
 
     All ranks agree on one stream: epoch after epoch a permutation of all N samples, made from (seed, epoch).
-    Batch `number` is places number * count ... of it, and ranks take the numbers in turns (replicas.py).  So
-    each sample comes exactly once in N places, whatever the ranks and threads; nothing is dropped, a batch
+    Batch `number` is its places number * count ..., so each sample comes exactly once in N places, a batch
     may straddle two epochs, and to resume is to ask for the next number.
 
     frames: latent frames that are used, None for all.  text_only: prompts alone, with zeros of `latent_shape`
@@ -46,25 +41,24 @@ class ShardedClips:
     ahead: int = 4  # batches that are read while one is used, each by a thread
     every: int = 1  # as far apart are the numbers that this rank asks for: what is read ahead
     device: torch.device | str = "cpu"
-    _reading: dict[int, Future[tuple[Example, list[str]]]] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     def __post_init__(self) -> None:
-        self._check()
+        for name, least in {"count": 1, "frames": 1, "ahead": 0, "every": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name}={value}: it must be at least {least}")
+        if self.text_only != (self.latent_shape is not None):
+            raise UserError("text_only=true and latent_shape=[C,T,h,w] go together: give both or neither")
         files = find_shards(self.path)
-        with ThreadPoolExecutor(SCANNERS) as pool:
-            self.shards: list[Shard] = list(pool.map(partial(open_shard, text_only=self.text_only), files))
-        for fault in (fault for shard in self.shards for fault in shard.faults):
-            if not self.skip_broken:
-                raise UserError(fault)
-            warnings.warn(f"skipped: {fault}", stacklevel=3)
+        with ThreadPoolExecutor() as pool:
+            opened = pool.map(lambda file: SHARDS[file.suffix](file, text_only=self.text_only), files)
+            self.shards: list[Shard] = list(opened)
         self.ends = list(accumulate(len(shard.keys) for shard in self.shards))
         if not len(self):
             raise UserError(f"{self.path}: {len(files)} shards hold no sample; fetch or make them again")
         self.shuffle = Shuffle(len(self), self.seed)
         # threads: reading and copying release the interpreter, and no process has to be started or fed
         self._pool = ThreadPoolExecutor(max(1, self.ahead))
+        self._reading: dict[int, Future[Example]] = {}
 
     def __len__(self) -> int:
         """Samples of an epoch, N."""
@@ -78,9 +72,7 @@ class ShardedClips:
         for other in wanted:
             if other not in self._reading:
                 self._reading[other] = self._pool.submit(self._load, self.samples(other))
-        example, faults = self._reading.pop(number).result()
-        for fault in faults:
-            warnings.warn(f"skipped: {fault}", stacklevel=2)
+        example = self._reading.pop(number).result()
         tensors = {name: x for name, x in vars(example).items() if isinstance(x, Tensor)}
         return replace(example, **{name: x.to(self.device) for name, x in tensors.items()})
 
@@ -102,10 +94,9 @@ class ShardedClips:
         condition = None if sample.condition is None else sample.condition[:, : self.frames]
         return where, replace(sample, latents=sample.latents[:, : self.frames], condition=condition)
 
-    def _load(self, indices: list[int]) -> tuple[Example, list[str]]:
-        """The batch of these samples, and what is wrong with those that were skipped."""
-        faults: list[str] = []
-        places, samples = zip(*(self._read_or_next(index, faults) for index in indices), strict=True)
+    def _load(self, indices: list[int]) -> Example:
+        """The batch of these samples."""
+        places, samples = zip(*map(self._read_or_next, indices), strict=True)
         rows = [sample.tensors() for sample in samples]
         for where, row in zip(places, rows, strict=True):
             if (got := _shapes(row)) != (wanted := _shapes(rows[0])):
@@ -113,32 +104,17 @@ class ShardedClips:
         stacked: dict[str, Tensor] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         if self.text_only:
             stacked["latents"] = stacked["context"].new_zeros(len(rows), *self.latent_shape)
-        return Example(**stacked, has_clips=not self.text_only), faults
+        return Example(**stacked, has_clips=not self.text_only)
 
-    def _read_or_next(self, index: int, faults: list[str]) -> tuple[str, Sample]:
+    def _read_or_next(self, index: int) -> tuple[str, Sample]:
         for other in range(index, index + len(self)):
             try:
                 return self.read(other % len(self))
             except UserError as error:
                 if not self.skip_broken:
                     raise
-                faults.append(str(error))
+                warnings.warn(f"skipped: {error}", stacklevel=2)
         raise UserError(f"{self.path}: none of the {len(self)} samples can be used; make them again")
-
-    def _check(self) -> None:
-        least = {"count": 1, "ahead": 0, "every": 1}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least {smallest}")
-        if self.frames is not None and self.frames < 1:
-            raise UserError(f"frames={self.frames}: take at least one latent frame, or null for all")
-        if self.text_only != (self.latent_shape is not None):
-            raise UserError("text_only=true and latent_shape=[C,T,h,w] go together: give both or neither")
-
-
-def open_shard(path: Path, *, text_only: bool) -> Shard:
-    """The shard in a file, by its suffix; UserError if it is not whole."""
-    return SHARDS[path.suffix](path, text_only=text_only)
 
 
 def _shapes(row: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

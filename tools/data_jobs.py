@@ -1,160 +1,238 @@
-"""What the samples of a set are made by: a teacher, real videos, or a text encoder alone.
+"""The modes of make_data: what options each reads, and what its samples are."""
 
-A job is called with global sample numbers and gives those samples, on the CPU in bf16.
-"""
-
+import hashlib
+import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from distill.shard_files import Keyed, Sample
-from tools.video_clips import CaptionedVideo, read_clip
+from tools.options import MISSING, parse
+from tools.video_clips import list_videos, read_clip
 from turbodiffusion.checkpoints import load_image_encoder, load_text_encoder, load_vae
 from turbodiffusion.checkpoints.loading import on_meta
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
+from turbodiffusion.pipelines import options as inference
 from turbodiffusion.pipelines.conditioning import prepare
-from turbodiffusion.pipelines.found import Found
-from turbodiffusion.pipelines.generate import Clip, Encoded, Models, OnProgress, Pipeline, Watch, vae_chunk
-from turbodiffusion.pipelines.prompts import Item
-from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.pipelines.found import Found, load
+from turbodiffusion.pipelines.generate import Clip, Encoded, Models, Pipeline, Watch, vae_chunk
+from turbodiffusion.pipelines.offload import check_offload
+from turbodiffusion.pipelines.prompts import Item, read_items
+from turbodiffusion.pipelines.request import choose_task, pick_device, pick_dtype, resolve
+from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, parse_size
 from turbodiffusion.pipelines.video_io import read_picture
+from turbodiffusion.variants import CONFIGS, Sampling
+
+Mode = Enum("Mode", ["sample", "encode", "text", "negative"])
+Format = Enum("Format", ["tar", "safetensors"])
+
+MODELS = {"ckpt", "ckpt_low", "variant", "vae", "text_encoder", "tokenizer", "image_encoder"}
+ALWAYS = MODELS | {"mode", "dst", "device", "dtype", "offload"}
+SHARDED = {"format", "samples_per_shard", "batch"}
+PICTURE = {"size", "aspect", "frames"}
+SAMPLING = {"negative_prompt", "sampler", "steps", "guidance", "shift", "sigma_max", "boundary"}
+# what else each mode reads
+READS = {
+    Mode.sample: SHARDED | PICTURE | SAMPLING | {"prompt_file", "repeat", "seed"},
+    Mode.encode: SHARDED | PICTURE | {"videos", "csv", "fps", "with_picture", "skip_broken"},
+    Mode.text: SHARDED | {"prompt_file"},
+    Mode.negative: {"negative_prompt"},
+}
+
+
+@dataclass
+class Options(inference.Options):
+    """Those of infer.py, and what only make_data has."""
+
+    mode: Mode = MISSING
+    dst: str = MISSING
+    repeat: int = 1
+    videos: str | None = None
+    csv: str | None = None
+    with_picture: bool | None = None  # whether real clips show their first frame; null: where they must
+    skip_broken: bool = False
+    format: Format = Format.tar
+    samples_per_shard: int = 32
+    batch: int = 1
+
+
+def read(words: list[str]) -> Options:
+    """The options, device and dtype settled; UserError for what the mode does not read or can not be."""
+    cfg = OmegaConf.load(CONFIGS / "infer.yaml")
+    defaults = {field.name: cfg[field.name] for field in fields(inference.Options)}
+    options = parse(Options(**defaults), words)
+    given = {word.partition("=")[0] for word in words}
+    if foreign := given - ALWAYS - READS[options.mode]:
+        raise UserError(f"{min(foreign)}= means nothing to mode={options.mode.name}: leave it away")
+    for name in ("repeat", "samples_per_shard", "batch", "fps"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise UserError(f"{name}={value}: it must be greater than 0")
+    check_offload(options.offload)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    if options.device == "auto" and device.type != "cpu":
+        # of several processes on a host each takes its own
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+    return replace(options, device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What all clips have in common."""
+class Job:
+    """A set of samples, its options checked before any weight is read."""
 
-    size: Size
-    frames: int
+    samples: int
+    decided_by: dict[str, object]
+    sampling: Sampling
+    make: Callable[[Pipeline, range], list[Keyed]]  # the samples of these numbers that can be made
 
 
-@dataclass(frozen=True)
-class TeacherSamples:
+def teacher_clips(options: Options, found: Found) -> Job:
     """The teacher's clips, from noise of seed + number; the prompts repeat from the first on."""
+    items = read_prompts(options)
+    check_alike(items)
+    first = {name: vars(items[0])[name] for name in ("prompt", "image", "last_image")}
+    first = {name: str(value) for name, value in first.items() if value is not None}
+    # the first stands for all: they are alike
+    given = replace(options, prompt_file=None, out=options.dst, **first)
+    request = resolve(given, found.variant, found.sampling, found.multiple())
+    size = request.shots[0].size
 
-    pipeline: Pipeline
-    items: list[Item]
-    frame: Frame
-    seed: int
-    on_progress: OnProgress
-
-    def __call__(self, numbers: range) -> list[Keyed]:
-        items = [self.items[number % len(self.items)] for number in numbers]
-        watch = Watch(self.pipeline.device, self.on_progress)
+    def make(pipeline: Pipeline, numbers: range) -> list[Keyed]:
+        chosen = [items[number % len(items)] for number in numbers]
         clip = Clip(
-            prompts=[item.prompt for item in items],
-            size=self.frame.size,
-            frames=self.frame.frames,
-            image=self._pictures([item.image for item in items]),
-            last_image=self._pictures([item.last_image for item in items]),
+            prompts=[item.prompt for item in chosen],
+            size=size,
+            frames=request.frames,
+            image=pictures((item.image for item in chosen), size),
+            last_image=pictures((item.last_image for item in chosen), size),
         )
+        watch = Watch(pipeline.device)
+        encoded = pipeline.encode(clip, watch)
+        latents = pipeline.denoise(encoded, [options.seed + number for number in numbers], watch)
+        return keyed(numbers, clip.prompts, encoded, latents)
+
+    what = {"sampling": asdict(request.sampling), "size": str(size), "seed": options.seed}
+    return Job(options.repeat * len(items), {**what, "prompts": digest(items)}, request.sampling, make)
+
+
+def real_clips(options: Options, found: Found) -> Job:
+    """Real videos, with what the network is told of their first frame, and of the last if it takes one."""
+    videos = list_videos(options.videos, options.csv)
+    size = check_size(parse_size(options.size or found.sampling.size, options.aspect), found.multiple())
+    frames, fps = check_frames(options.frames or found.sampling.frames), options.fps or found.sampling.fps
+    tasks = found.variant.tasks
+    has_image = "t2v" not in tasks if options.with_picture is None else options.with_picture
+    has_last = has_image and "flf2v" in tasks
+    choose_task(found.variant, has_image=has_image, has_last=has_last)
+
+    def read(number: int) -> Tensor | None:
         try:
-            encoded = self.pipeline.encode(clip, watch)
-            latents = self.pipeline.denoise(encoded, [self.seed + number for number in numbers], watch)
-        finally:
-            self.pipeline.residence.release()
-        return keyed(numbers, clip, encoded, latents)
-
-    def _pictures(self, files: list[Path | None]) -> Tensor | None:
-        """(B, 3, H, W) in [-1, 1]."""
-        pictures = [prepare(read_picture(file), self.frame.size) for file in files if file is not None]
-        return torch.cat(pictures) if pictures else None
-
-
-@dataclass(frozen=True)
-class VideoClips:
-    """Real videos, with what the network is told of their first frame (pictures=1) and their last (2)."""
-
-    pipeline: Pipeline
-    videos: list[CaptionedVideo]
-    frame: Frame
-    fps: float
-    pictures: int
-    skip_broken: bool
-    on_progress: OnProgress
-
-    @torch.no_grad()
-    def __call__(self, numbers: range) -> list[Keyed]:
-        read = {number: frames for number in numbers if (frames := self._read(number)) is not None}
-        if not read:
-            return []
-        pixels = torch.stack(list(read.values())).to(self.pipeline.device)
-        clip = Clip(
-            prompts=[self.videos[number].caption for number in read],
-            size=self.frame.size,
-            frames=self.frame.frames,
-            image=pixels[:, :, 0] if self.pictures > 0 else None,
-            last_image=pixels[:, :, -1] if self.pictures > 1 else None,
-        )
-        vae, watch = self.pipeline.models.vae, Watch(self.pipeline.device, self.on_progress)
-        try:
-            encoded = self.pipeline.encode(clip, watch)
-            self.pipeline.residence.use(vae)
-            latents = vae.encode(pixels, chunk=vae_chunk(vae, (len(read), *encoded.shape), tiled=False))
-        finally:
-            self.pipeline.residence.release()
-        return keyed(read, clip, encoded, latents)
-
-    def _read(self, number: int) -> Tensor | None:
-        try:
-            return read_clip(self.videos[number].video, self.frame.frames, self.fps, self.frame.size)
+            return read_clip(videos[number][0], frames, fps, size)
         except UserError as error:
-            if not self.skip_broken:
+            if not options.skip_broken:
                 raise UserError(f"{error}; or pass skip_broken=true to leave such videos out") from error
             warnings.warn(f"left out: {error}", stacklevel=2)
             return None
 
+    def make(pipeline: Pipeline, numbers: range) -> list[Keyed]:
+        clips = {number: clip for number in numbers if (clip := read(number)) is not None}
+        if not clips:
+            return []
+        pixels = torch.stack(list(clips.values())).to(pipeline.device)
+        clip = Clip(
+            prompts=[videos[number][1] for number in clips],
+            size=size,
+            frames=frames,
+            image=pixels[:, :, 0] if has_image else None,
+            last_image=pixels[:, :, -1] if has_last else None,
+        )
+        encoded, vae = pipeline.encode(clip, Watch(pipeline.device)), pipeline.models.vae
+        pipeline.residence.use(vae)
+        latents = vae.encode(pixels, chunk=vae_chunk(vae, (len(clips), *encoded.shape), tiled=False))
+        return keyed(clips, clip.prompts, encoded, latents)
 
-@dataclass(frozen=True)
-class Texts:
-    """Prompts alone, in order."""
-
-    pipeline: Pipeline
-    prompts: list[str]
-
-    @torch.no_grad()
-    def __call__(self, numbers: range) -> list[Keyed]:
-        encoder, prompts = self.pipeline.models.text_encoder, self.prompts[numbers.start : numbers.stop]
-        self.pipeline.residence.use(encoder)
-        # each alone: a batch is padded to its longest text, which would show in the last bits
-        rows = [encoder([prompt])[0].bfloat16().cpu() for prompt in prompts]
-        self.pipeline.residence.release()
-        samples = (Sample(prompt, row) for prompt, row in zip(prompts, rows, strict=True))
-        return [(key(number), sample) for number, sample in zip(numbers, samples, strict=True)]
-
-
-def key(number: int) -> str:
-    """A sample's name in its shard."""
-    return f"{number:09d}"
+    what = {"size": str(size), "frames": frames, "fps": fps, "with_picture": has_image}
+    return Job(len(videos), {**what, "videos": digest(videos)}, found.sampling, make)
 
 
-def keyed(numbers: Iterable[int], clip: Clip, encoded: Encoded, latents: Tensor) -> list[Keyed]:
+def texts(options: Options, found: Found) -> Job:
+    """Prompts alone."""
+    prompts = [item.prompt for item in read_prompts(options)]
+
+    def make(pipeline: Pipeline, numbers: range) -> list[Keyed]:
+        return [(f"{number:09d}", embed(pipeline, prompts[number])) for number in numbers]
+
+    return Job(len(prompts), {"prompts": digest(prompts)}, found.sampling, make)
+
+
+def read_prompts(options: Options) -> list[Item]:
+    """Those of the prompt file."""
+    if options.prompt_file is None:
+        raise UserError("pass prompt_file=FILE, with a prompt a line")
+    return read_items(Path(options.prompt_file).expanduser())
+
+
+def check_alike(items: list[Item]) -> None:
+    """Refuse prompts that can not be in one set, and pictures that are not there."""
+    if any(item.seed is not None or item.negative_prompt is not None for item in items):
+        raise UserError("seed and negative_prompt hold for all samples: take them out of prompt_file")
+    if len({(item.image is None, item.last_image is None) for item in items}) > 1:
+        raise UserError("all prompts of a set must be alike: give each its picture, or none")
+    for file in (file for item in items for file in (item.image, item.last_image)):
+        if file is not None and not file.is_file():
+            raise UserError(f"the image {file} does not exist")
+
+
+def pictures(files: Iterable[Path | None], size: Size) -> Tensor | None:
+    """(B, 3, H, W) in [-1, 1]."""
+    found = [prepare(read_picture(file), size) for file in files if file is not None]
+    return torch.cat(found) if found else None
+
+
+def embed(pipeline: Pipeline, prompt: str) -> Sample:
+    """A prompt alone, whatever others there are: a batch is padded to its longest text."""
+    encoder = pipeline.models.text_encoder
+    pipeline.residence.use(encoder)
+    return Sample(prompt, encoder([prompt])[0].bfloat16().cpu())
+
+
+def keyed(numbers: Iterable[int], prompts: Sequence[str], encoded: Encoded, latents: Tensor) -> list[Keyed]:
     """What was made of a batch, sample by sample."""
-    made = {"context": encoded.context, "latents": latents}
-    made |= {"condition": encoded.condition, "clip": encoded.clip}
-    count = len(clip.prompts)
-    rows = {name: x.expand(count, *x.shape[1:]).bfloat16().cpu() for name, x in made.items() if x is not None}
-    return [
-        (key(number), Sample(prompt, **{name: x[i] for name, x in rows.items()}))
-        for i, (number, prompt) in enumerate(zip(numbers, clip.prompts, strict=True))
-    ]
+    told = {name: getattr(encoded, name) for name in ("context", "condition", "clip")}
+    made = {name: x for name, x in {"latents": latents, **told}.items() if x is not None}
+    rows = {name: x.expand(len(prompts), *x.shape[1:]).bfloat16().cpu() for name, x in made.items()}
+    samples = [Sample(prompt, **{name: x[i] for name, x in rows.items()}) for i, prompt in enumerate(prompts)]
+    return [(f"{number:09d}", sample) for number, sample in zip(numbers, samples, strict=True)]
+
+
+def digest(items: list[object]) -> str:
+    """Changes with the items and their order."""
+    return hashlib.sha256(repr(items).encode()).hexdigest()
+
+
+def build(options: Options, found: Found, sampling: Sampling) -> Pipeline:
+    """The models; the network only where it is to sample."""
+    device, offload = torch.device(options.device), check_offload(options.offload)
+    home = device if offload == "none" else torch.device("cpu")
+    take = load if options.mode is Mode.sample else load_encoders
+    models = take(found, device=home, dtype=pick_dtype(options.dtype, device))
+    return Pipeline(models, sampling, device=device, offload=offload)
 
 
 def load_encoders(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
     """All models but the network, which is there in shape only and takes no memory."""
     reports, where = found.reports, {"device": device, "dtype": dtype}
-    network = reports["network"]
-    clip = {}
-    if "image_encoder" in reports:
-        clip["image_encoder"] = load_image_encoder(reports["image_encoder"].path, **where)
+    network, clip = reports["network"], reports.get("image_encoder")
     return Models(
         network=on_meta(lambda: WanModel(**network.config), network.path),
         vae=load_vae(reports["vae"].path, **where),
         text_encoder=load_text_encoder(reports["text_encoder"].path, tokenizer=found.tokenizer, **where),
-        **clip,
+        image_encoder=clip and load_image_encoder(clip.path, **where),
     )

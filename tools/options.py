@@ -12,8 +12,10 @@ from turbodiffusion.errors import UserError
 Options = TypeVar("Options")
 
 
-def parse(kind: type[Options], arguments: list[str]) -> Options:
+def parse(kind: type[Options] | Options, arguments: list[str]) -> Options:
     """A `kind` from key=value words, strictly: a field without a default must be given, others may not.
+
+    kind: a dataclass, or one of its values, whose fields are then the defaults.
 
     A value is taken literally, whatever characters it holds; `null` means None.  Raises UserError naming the
     choices.

@@ -2,7 +2,6 @@
 
 import csv
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,51 +17,40 @@ SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 SLOWEST = 0.9  # of the rate asked for; a slower video would show frames twice
 
 
-@dataclass(frozen=True)
-class CaptionedVideo:
-    """A video file and what it shows."""
+def list_videos(folder: str | None, table: str | None) -> list[tuple[Path, str]]:
+    """Videos and captions: a folder's, sorted, each with the .txt of its name, or those a csv lists."""
+    if (folder is None) == (table is None):
+        raise UserError("mode=encode takes videos=FOLDER or csv=FILE, one of them")
+    source = Path(table if folder is None else folder).expanduser()
+    videos = _of_csv(source) if folder is None else _of_folder(source)
+    if not videos:
+        raise UserError(f"{source} names no video")
+    for file, caption in videos:
+        if not file.is_file():
+            raise UserError(f"{source}: the video {file} does not exist")
+        if not caption:
+            raise UserError(f"{source}: {file.name} has no caption (in a folder: a .txt of its name)")
+    return videos
 
-    video: Path
-    caption: str
 
-
-def list_folder(folder: Path) -> list[CaptionedVideo]:
-    """The videos of a folder, sorted, each with the text file of the same name."""
+def _of_folder(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise UserError(f"videos={folder} is not a folder")
-    videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if bare := [path.name for path in videos if not path.with_suffix(".txt").is_file()]:
-        raise UserError(f"{folder}: {', '.join(bare[:5])} has no caption: put it into a .txt of that name")
-    found = [
-        CaptionedVideo(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in videos
-    ]
-    return _checked(found, f"videos={folder}")
+    videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    texts = [file.with_suffix(".txt") for file in videos]
+    captions = [text.read_text(encoding="utf-8").strip() if text.is_file() else "" for text in texts]
+    return list(zip(videos, captions, strict=True))
 
 
-def list_csv(file: Path) -> list[CaptionedVideo]:
-    """The rows of a csv with the columns path (relative to the file) and caption."""
+def _of_csv(file: Path) -> list[tuple[Path, str]]:
+    """Of its columns path (relative to the file) and caption."""
     if not file.is_file():
         raise UserError(f"csv={file} does not exist")
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(lines, restval="")
         if lost := {"path", "caption"} - set(reader.fieldnames or ()):
             raise UserError(f"{file} lacks the column {' and '.join(sorted(lost))} in its first line")
-        found = [
-            CaptionedVideo(file.parent / (row["path"] or ""), (row["caption"] or "").strip())
-            for row in reader
-        ]
-    return _checked(found, f"csv={file}")
-
-
-def _checked(found: list[CaptionedVideo], source: str) -> list[CaptionedVideo]:
-    if not found:
-        raise UserError(f"{source} names no video")
-    for item in found:
-        if not item.video.is_file():
-            raise UserError(f"{source}: the video {item.video} does not exist")
-        if not item.caption:
-            raise UserError(f"{source}: {item.video} has an empty caption")
-    return found
+        return [(file.parent / row["path"], row["caption"].strip()) for row in reader]
 
 
 def read_clip(path: Path, frames: int, fps: float, size: Size) -> Tensor:

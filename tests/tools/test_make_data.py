@@ -12,15 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.shard_files import SHARDS, Sample, find_shards, read_context, write_safetensors
+from distill.shard_files import SHARDS, Sample, find_shards, read_context
 from distill.shards import ShardedClips
 from tools import make_data
 from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae, save
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline, Watch
 from turbodiffusion.pipelines.sizes import Size
-from turbodiffusion.small_world.captions import PHRASINGS, caption
-from turbodiffusion.small_world.split import triples
-from turbodiffusion.small_world.sprites import subject_names
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "assets"
@@ -38,9 +35,9 @@ def make(run: Callable[..., tuple[int, str]]) -> Make:
 
 @pytest.fixture(scope="module")
 def teacher_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight clips of the first four of five prompts, in three shards."""
+    """Two clips of each of four prompts, in three shards."""
     folder = tmp_path_factory.mktemp("set")
-    (folder / "prompts.txt").write_text("a red cat\nan owl\na bee\na tree\na stone\n")
+    (folder / "prompts.txt").write_text("a red cat\nan owl\na bee\na tree\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["make_data", *again(folder, folder / "data")])
         make_data.main()
@@ -50,7 +47,7 @@ def teacher_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def again(folder: Path, dst: Path, *words: str) -> tuple[str, ...]:
     """The words that made the set, for another place."""
     given = ("mode=sample", f"dst={dst}", f"prompt_file={folder / 'prompts.txt'}", "repeat=2")
-    return (*given, *SMALL, "count=4", "seed=5", *words)
+    return (*given, *SMALL, "seed=5", *words)
 
 
 def samples(folder: Path, *, text_only: bool = False) -> dict[str, Sample]:
@@ -114,37 +111,32 @@ def test_both_formats_hold_the_same(teacher_set: Path, make: Make, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(teacher_set: Path, make: Make, tmp_path: Path) -> None:
-    """Killed hard once the first batch of the second shard is there; it and the first shard are kept."""
+    """Killed hard once the first shard is there, which is kept; the one that was being made is made again."""
     words = again(teacher_set, tmp_path / "data")
-    kept = tmp_path / "data" / ".shard_000001.parts" / "000000003.safetensors"
+    first = tmp_path / "data" / "shard_000000.tar"
     child = subprocess.Popen([sys.executable, "-m", "tools.make_data", *words], cwd=ROOT)
-    while not kept.exists() and child.poll() is None:
+    while not first.exists() and child.poll() is None:
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    first = tmp_path / "data" / "shard_000000.tar"
     assert not (tmp_path / "data" / "shard_000002.tar").exists()
-    assert kept.exists()
     stamp = first.stat().st_mtime_ns
-    # as if the assembling of a shard had been cut, too
+    # as if writing a shard had been cut, too
     (tmp_path / "data" / ".shard_000001.tar.99999.part").write_bytes(b"half")
+    (tmp_path / "data" / "shard_000001.tar").unlink(missing_ok=True)
     assert make(*words)[0] == 0
     assert first.stat().st_mtime_ns == stamp
     assert contents(tmp_path / "data") == contents(teacher_set / "data")
 
 
-def test_a_finished_batch_is_not_made_again(teacher_set: Path, make: Make, tmp_path: Path) -> None:
-    words = again(teacher_set, tmp_path, "format=safetensors", "batch=2")
+def test_a_finished_shard_is_not_made_again(teacher_set: Path, make: Make, tmp_path: Path) -> None:
+    words = again(teacher_set, tmp_path, "batch=2")
     assert make(*words)[0] == 0
-    names = contents(tmp_path).keys()
-    # the second shard is lost but for its last batch, which a prompt of its own marks
-    key, sample = list(samples(tmp_path).items())[5]
-    part = tmp_path / ".shard_000001.parts" / "000000005.safetensors"
-    write_safetensors(part, [(key, replace(sample, prompt="kept"))])
-    (tmp_path / "shard_000001.safetensors").unlink()
+    before = contents(tmp_path)
+    (tmp_path / "shard_000001.tar").write_bytes(b"whatever is there")
+    (tmp_path / "shard_000002.tar").unlink()
     assert make(*words)[0] == 0
-    assert [made.prompt for made in samples(tmp_path).values()][4:7] == ["a red cat", "kept", "a bee"]
-    assert contents(tmp_path).keys() == names
+    assert contents(tmp_path) == before | {"shard_000001.tar": b"whatever is there"}
 
 
 def test_other_options_for_the_same_folder_are_refused(teacher_set: Path, make: Make, tmp_path: Path) -> None:
@@ -158,19 +150,6 @@ def test_other_options_for_the_same_folder_are_refused(teacher_set: Path, make: 
     assert contents(teacher_set / "data") == before
     (tmp_path / "shard_000000.tar").touch()
     assert "unknown making" in make(*again(teacher_set, tmp_path))[1]
-
-
-def test_the_small_world_invents_captions_of_its_training_split(make: Make, tmp_path: Path) -> None:
-    assert make("mode=text", f"dst={tmp_path}", "count=20", "device=cpu")[0] == 0
-    names = subject_names()
-    known = {
-        caption(names[s], m, b, phrasing)
-        for s, m, b in triples("train").tolist()
-        for phrasing in range(PHRASINGS)
-    }
-    prompts = [sample.prompt for sample in samples(tmp_path, text_only=True).values()]
-    assert len(set(prompts)) > 15
-    assert set(prompts) <= known
 
 
 def test_texts_and_the_negative_prompt_are_what_the_encoder_says(make: Make, tmp_path: Path) -> None:
@@ -189,13 +168,13 @@ def test_texts_and_the_negative_prompt_are_what_the_encoder_says(make: Make, tmp
     assert torch.equal(read_context(tmp_path / "n.safetensors"), encoder(["ugly"])[0].bfloat16())
 
 
-def test_a_broken_teacher_leaves_no_shard(make: Make, tmp_path: Path) -> None:
+def test_a_broken_teacher_leaves_no_shard(teacher_set: Path, make: Make, tmp_path: Path) -> None:
     loaded = load_network(ASSETS / "wan_tiny.safetensors", **CPU)
     with torch.no_grad():
         loaded.network.head.head.bias.fill_(float("nan"))
     ckpt = tmp_path / "nan.safetensors"
     save(ckpt, loaded.network, sampling=loaded.sampling, variant="wan_tiny")
-    code, said = make("mode=sample", f"ckpt={ckpt}", f"dst={tmp_path / 'd'}", "count=1", *SMALL)
+    code, said = make(f"ckpt={ckpt}", *again(teacher_set, tmp_path / "d"))
     assert (code, "sample 000000000" in said, "NaN" in said) == (2, True, True)
     assert set(contents(tmp_path / "d")) == {"data.json"}
 
@@ -207,14 +186,18 @@ WRONG = {
     "no prompts": (["mode=sample", "dst=d"], "prompt_file=FILE"),
     "missing prompts": (["mode=sample", "dst=d", "prompt_file=none.txt"], "does not exist"),
     "another mode's option": (["mode=encode", "dst=d", "videos=.", "steps=3"], "steps= means nothing to"),
-    "size": (["mode=sample", "dst=d", "count=1", "size=33x32"], "divide by 16"),
-    "frames": (["mode=sample", "dst=d", "count=1", "frames=4"], "1 more than a multiple"),
-    "batch": (["mode=sample", "dst=d", "count=1", "batch=0"], "batch=0"),
-    "seed": (["mode=sample", "dst=d", "count=2", "seed=4294967295"], "take one from 0 to 4294967294"),
+    "size": (["mode=sample", "dst=d", "prompt_file=p.txt", "size=33x32"], "divide by 16"),
+    "frames": (["mode=sample", "dst=d", "prompt_file=p.txt", "frames=4"], "1 more than a multiple"),
+    "batch": (["mode=sample", "dst=d", "prompt_file=p.txt", "batch=0"], "batch=0"),
+    "seed": (["mode=sample", "dst=d", "prompt_file=p.txt", "seed=4294967296"], "from 0 to 4294967295"),
     "own seeds": (["mode=sample", "dst=d", "prompt_file=seeds.jsonl"], "hold for all samples"),
+    "empty prompt": (["mode=sample", "dst=d", "prompt_file=blank.jsonl"], "the prompt is empty"),
     "mixed pictures": (["mode=sample", "dst=d", "prompt_file=mixed.jsonl"], "must be alike"),
-    "format": (["mode=sample", "dst=d", "count=1", "format=zip"], "format=zip"),
-    "missing checkpoint": (["mode=sample", "dst=d", "count=1", "ckpt=none.safetensors"], "does not exist"),
+    "format": (["mode=sample", "dst=d", "prompt_file=p.txt", "format=zip"], "format=zip"),
+    "missing checkpoint": (
+        ["mode=sample", "dst=d", "prompt_file=p.txt", "ckpt=none.safetensors"],
+        "does not exist",
+    ),
     "no videos": (["mode=encode", "dst=d"], "videos=FOLDER or csv=FILE"),
     "an empty folder": (["mode=encode", "dst=d", "videos=empty"], "names no video"),
     "no caption": (["mode=encode", "dst=d", "videos=bare"], "a.mp4 has no caption"),
@@ -232,6 +215,8 @@ def test_every_wrong_input_is_one_sentence_exit_code_2_and_no_file(
     monkeypatch.chdir(tmp_path)
     Path("seeds.jsonl").write_text('{"prompt": "a", "seed": 3}')
     Path("mixed.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "image": "a.png"}')
+    Path("p.txt").write_text("a")
+    Path("blank.jsonl").write_text('{"prompt": ""}')
     Path("empty").mkdir()
     Path("bare").mkdir()
     Path("bare/a.mp4").touch()
