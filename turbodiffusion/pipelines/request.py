@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -204,8 +205,8 @@ def _outputs(options: Options, items: list[Item], suffix: str) -> list[tuple[tup
         stem = out.with_suffix("") if is_file else out / str(item.name)
         is_exact = is_file and options.num_samples == 1
         results.append(tuple((s, out if is_exact else Path(f"{stem}_seed{s}{suffix}")) for s in seeds))
-    files = [file for result in results for _, file in result]
-    if twice := {file for file in files if files.count(file) > 1}:
+    counts = Counter(file for result in results for _, file in result)
+    if twice := {file for file, count in counts.items() if count > 1}:
         raise UserError(f"two prompts would be written to {min(twice)}: give them different names.")
     return results
 
