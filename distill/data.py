@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.flow_matching import Captioned
 from distill.objective import seed_of
+from distill.replicas import rank
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.small_world.captions import PHRASINGS, caption
@@ -104,7 +105,8 @@ def encode_clips(
 ) -> Encoded:
     """Render and encode that many scenes, on the VAE's device."""
     parts = []
-    for number in track(range(-(-clips // ENCODE_BATCH)), f"encoding {clips} clips"):
+    batches = range(-(-clips // ENCODE_BATCH))
+    for number in track(batches, f"encoding {clips} clips", disable=rank() > 0):
         count = min(ENCODE_BATCH, clips - number * ENCODE_BATCH)
         scenes, frames = rendered(number, count, sprites=sprites, window=window, seed=seed, split=split)
         known = torch.zeros_like(frames)

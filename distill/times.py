@@ -16,17 +16,24 @@ from turbodiffusion.samplers.time import STUDENT_TIMES, shift, sigma_to_rf, trig
 Times = Callable[[int, Generator], Tensor]  # (count, rng) -> (count,)
 
 
-@dataclass(frozen=True)
-class LogNormal:
-    """log sigma is normal, sigma = s / (1 - s) (arXiv:2206.00364); given that low <= s <= high."""
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """A distribution of times, given that low <= s <= high."""
 
-    mean: float
-    deviation: float
     low: float = 0.0
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_interval(self.low, self.high)
+        if not 0 <= self.low < self.high <= 1:
+            raise UserError(f"low={self.low}, high={self.high}: training times need 0 <= low < high <= 1")
+
+
+@dataclass(frozen=True)
+class LogNormal(_Cut):
+    """log sigma is normal, sigma = s / (1 - s) (arXiv:2206.00364); given that low <= s <= high."""
+
+    mean: float
+    deviation: float
 
     def __call__(self, count: int, rng: Generator) -> Tensor:
         """Times (count,)."""
@@ -37,15 +44,10 @@ class LogNormal:
 
 
 @dataclass(frozen=True)
-class UniformShift:
+class UniformShift(_Cut):
     """Uniform times moved towards noise by `samplers.time.shift`; given that low <= s <= high."""
 
     shift: float
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_interval(self.low, self.high)
 
     def __call__(self, count: int, rng: Generator) -> Tensor:
         """Times (count,)."""
@@ -107,8 +109,3 @@ class FixedRollout:
 def _uniform(count: int, rng: Generator, low: float, high: float) -> Tensor:
     u = torch.rand(count, generator=rng, device=rng.device, dtype=torch.float64)
     return low + (high - low) * u
-
-
-def _check_interval(low: float, high: float) -> None:
-    if not 0 <= low < high <= 1:
-        raise UserError(f"low={low}, high={high}: training times need 0 <= low < high <= 1")

@@ -156,7 +156,7 @@ class Trainer:
             raise UserError(
                 f"the gradient norm of {role} is {norm.item()} at step {self.state.step} "
                 f"(not finite: {', '.join(replicas.everyones(bad)) or 'no loss'}): stopped before the step; "
-                "lower optim.lr or go on from the last checkpoint with another seed="
+                "lower optims.default.lr or go on from the last checkpoint with another seed="
             )
         nn.utils.clip_grads_with_norm_(weights, self.plan.max_grad_norm, norm)
         return norm

@@ -21,12 +21,12 @@ from rich.progress import track
 
 from distill.shard_files import WRITERS, write_context
 from tools.data_jobs import Job, Mode, Options, build, embed, read, real_clips, teacher_clips, texts
+from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.found import Found, find
 from turbodiffusion.pipelines.generate import Pipeline
 from turbodiffusion.pipelines.record import fingerprint
-from turbodiffusion.pipelines.video_io import write_json
 
 RECORD = "data.json"
 JOBS = {Mode.sample: teacher_clips, Mode.encode: real_clips, Mode.text: texts}

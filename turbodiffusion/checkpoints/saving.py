@@ -90,6 +90,6 @@ def write_torch(path: Path, entries: Entries) -> None:
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """A JSON file."""
+    """Readable JSON."""
     with appearing(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

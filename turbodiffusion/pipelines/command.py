@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, find, load, stages
@@ -21,7 +22,7 @@ from turbodiffusion.pipelines.offload import check_offload
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import absolute, command, environment, fingerprint
 from turbodiffusion.pipelines.request import Request, Shot, pick_device, pick_dtype, resolve
-from turbodiffusion.pipelines.video_io import to_uint8, write_json, write_picture, write_video
+from turbodiffusion.pipelines.video_io import to_uint8, write_picture, write_video
 
 STAGES = ("loading", "text", "image", "denoise", "decode", "write")
 

@@ -1,6 +1,5 @@
 """Files of frames: H.264 and PNG out, pictures and videos in.  A file appears whole or not at all."""
 
-import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,12 +56,6 @@ def write_picture(path: Path, pixels: Tensor) -> None:
     """Pixels (1, H, W, 3) uint8 -> a PNG."""
     with appearing(path) as part:
         Image.fromarray(pixels[0].numpy()).save(part, format="PNG")
-
-
-def write_json(path: Path, record: object) -> None:
-    """The record as readable JSON."""
-    with appearing(path) as part:
-        part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_picture(path: Path) -> Tensor:
