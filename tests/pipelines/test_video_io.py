@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.video_io import (
     read_picture,
     read_video,
     to_uint8,
-    write_json,
     write_picture,
     write_video,
 )
