@@ -6,14 +6,13 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402 (after the skip)
-from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
 
 from kernels import flash_jvp_triton as flash  # noqa: E402
+from tests.kernels.compiling import SHARED_BYTES, compile_kernel  # noqa: E402
 
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= flash.HOPPER_TRITON
 
-# CUDA's programming guide, "technical specifications per compute capability": most bytes a block may use
-SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 ABSENT = {
     "forward": ("dq_ptr", "dk_ptr", "dv_ptr", "do_ptr"),
     "tangent": (),
@@ -26,35 +25,22 @@ KERNELS = {name: (flash.forward_kernel, absent) for name, absent in ABSENT.items
 FP32_POINTERS = ("lse_ptr", "delta_ptr")
 
 
-def compile_kernel(name: str, capability: int, dtype: torch.dtype, head_dim: int) -> CompiledKernel:
+def compile_flash(name: str, capability: int, dtype: torch.dtype, head_dim: int) -> CompiledKernel:
     kernel, absent = KERNELS[name]
     kind = {"cross_tangent": "tangent"}.get(name, name.split("_")[0])
     tile = flash.tile_for(kind, dtype, SHARED_BYTES[capability])
-    constants = flash.options(tile, head_dim, dtype)
-    launch = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
-    constants |= dict.fromkeys(absent)
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if argument in FP32_POINTERS else element
-        else:
-            signature[argument] = "fp32" if argument == "scale" else "i32"
-    place = kernel.arg_names.index
-    # allocations are aligned, and a launch says so: without it the compiler makes another kernel
-    aligned = {
-        (place(x),): [["tt.divisibility", 16]] for x, kind in signature.items() if kind.startswith("*")
-    }
-    source = ASTSource(kernel, signature, {(place(x),): value for x, value in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    types = {x: element for x in kernel.arg_names if x.endswith("_ptr")} | {"scale": "fp32"}
+    types |= dict.fromkeys(FP32_POINTERS, "*fp32")
+    return compile_kernel(
+        kernel, types, flash.options(tile, head_dim, dtype) | dict.fromkeys(absent), capability
+    )
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_fits_the_gpu(name: str, capability: int) -> None:
-    kernel = compile_kernel(name, capability, torch.bfloat16, 128)
+    kernel = compile_flash(name, capability, torch.bfloat16, 128)
     assert kernel.asm["cubin"]
     assert kernel.metadata.shared <= SHARED_BYTES[capability]
     # Hopper's own matrix instructions, and the tensor cores of the others
@@ -63,7 +49,7 @@ def test_kernel_fits_the_gpu(name: str, capability: int) -> None:
 
 @pytest.mark.parametrize("name", ["tangent", "backward_keys"])
 def test_fp32_mode_multiplies_in_fp32(name: str) -> None:
-    kernel = compile_kernel(name, 90, torch.float32, 64)
+    kernel = compile_flash(name, 90, torch.float32, 64)
     assert kernel.metadata.shared <= SHARED_BYTES[90]
     assert "mma" not in kernel.asm["ptx"]
 
