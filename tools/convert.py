@@ -20,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from tools.options import MISSING, parse
+from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.detect import open_checkpoint
 from turbodiffusion.checkpoints.export import Export, check_destination, prepare, write
 from turbodiffusion.checkpoints.sources import Entry
@@ -61,8 +62,12 @@ def convert(options: Options) -> str:
     size = sum(entry.nbytes for entry in export.entries.values()) / 1e9
     line = f"{report.path} ({report.format}) -> {dst} ({options.format.name})"
     line += f": {len(export.entries)} tensors, {size:.3f} GB"
-    if report.sampling and report.sampling.student and dst.suffix == ".pth":
+    if report.kind != "network" or dst.suffix != ".pth":
+        return line
+    if report.sampling and report.sampling.student:
         line += "; a .pth can not say that it is a student's: keep TurboWan or rcm in its name"
+    if (attention := report.config["attention"])["name"] != "dense":
+        line += f"; a .pth can not say its attention: {spoken(attention)}"
     return line
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.options import MISSING, parse
+from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints import Report, detect
 from turbodiffusion.cli import one_sentence
 
@@ -52,10 +53,11 @@ def _summary(report: Report) -> dict[str, str]:
             or f"unknown: {' or '.join(report.candidates) or 'none of these sizes'}",
             "expert": report.expert or "-",
             "INT8": "yes" if report.quantised else "no",
-            "SLA": "yes" if report.sla else "no",
+            "attention": spoken(report.config["attention"]),
         }
     if report.config:
-        rows["sizes"] = ", ".join(f"{name} {value}" for name, value in report.config.items())
+        sizes = {name: value for name, value in report.config.items() if name != "attention"}
+        rows["sizes"] = ", ".join(f"{name} {value}" for name, value in sizes.items())
     if report.sampling:
         shown = {k: v for k, v in asdict(report.sampling).items() if k != "negative_prompt" and v is not None}
         rows["sampling"] = ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -1,7 +1,5 @@
 """SparseLinearAttention as a core: against dense attention, alone and within the network."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +34,10 @@ def trained(core: nn.Module) -> nn.Module:
     return core
 
 
-def networks(core: partial) -> tuple[WanModel, WanModel]:
+def networks(ratio: float) -> tuple[WanModel, WanModel]:
     """A dense network of random weights, and the sparse one with the same."""
-    dense, sparse = WanModel(**SIZES), WanModel(**SIZES, core=core)
+    attention = {"name": "sla", "ratio": ratio, "block_q": 16, "block_k": 8}
+    dense, sparse = WanModel(**SIZES), WanModel(**SIZES, attention=attention)
     with torch.no_grad():
         for weight in dense.parameters():
             weight.add_(0.1 * torch.randn_like(weight))  # the head would answer zero
@@ -125,7 +124,7 @@ def test_bf16_loses_no_more_than_pytorch_in_bf16() -> None:
 
 
 def test_network_with_all_blocks_equals_the_dense_one() -> None:
-    dense, sparse = networks(partial(SparseLinearAttention, 16, ratio=1.0, block_q=16, block_k=8))
+    dense, sparse = networks(ratio=1.0)
     x, dx = torch.randn(2, 2, 16, 3, 6, 10)
     times, context = torch.tensor([987.0, 251.0]), torch.randn(2, 8, 12)
     results = []
@@ -138,7 +137,7 @@ def test_network_with_all_blocks_equals_the_dense_one() -> None:
 
 
 def test_network_names_initialises_and_trains_the_projection() -> None:
-    dense, sparse = networks(partial(SparseLinearAttention, 16, ratio=0.2, block_q=16, block_k=8))
+    dense, sparse = networks(ratio=0.2)
     added = sparse.state_dict().keys() - dense.state_dict().keys()
     place = "blocks.{}.self_attn.core.proj_l.{}"
     assert added == {place.format(i, leaf) for i in range(2) for leaf in ("weight", "bias")}

@@ -1,3 +1,4 @@
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,8 +48,8 @@ def add_sla(state: dict[str, Tensor]) -> dict[str, Tensor]:
     place = "self_attn.attn_op.local_attn.proj_l"
     for block in range(2):
         state |= {
-            f"blocks.{block}.{place}.weight": torch.zeros(128, 128),
-            f"blocks.{block}.{place}.bias": torch.zeros(128),
+            f"blocks.{block}.{place}.weight": torch.randn(128, 128),
+            f"blocks.{block}.{place}.bias": torch.randn(128),
         }
     return state
 
@@ -171,10 +173,55 @@ def test_a_mismatch_names_missing_unexpected_and_misfitting_tensors(
     assert "blocks.0.ffn.0.weight (64, 128) torch.int8" in said
 
 
-def test_sla_checkpoints_are_recognised_and_refused(make_network: MakeNetwork, tmp_path: Path) -> None:
+def test_an_sla_checkpoint_loads_as_it_was_trained(make_network: MakeNetwork, tmp_path: Path) -> None:
     network, variant = make_network("t2v")
-    torch.save(add_sla(turbodiffusion_state(network)), path := tmp_path / "model.pth")
-    assert "SLA" in sentence(path, variant)
+    state = add_sla(turbodiffusion_state(network))
+    torch.save(state, path := tmp_path / "model.pth")
+    loaded = load(path, variant)
+    # what the published training says and no file does
+    trained = {"name": "sla", "ratio": 0.1, "block_q": 64, "block_k": 64, "feature_map": "softmax"}
+    assert loaded.network.config == network.config | {"attention": trained}
+    assert loaded.report.format == "turbodiffusion"
+    for i, block in enumerate(loaded.network.blocks):
+        place = f"blocks.{i}.self_attn.attn_op.local_attn.proj_l"
+        assert torch.equal(block.self_attn.core.proj_l.weight, state[f"{place}.weight"])
+        assert torch.equal(block.self_attn.core.proj_l.bias, state[f"{place}.bias"])
+    assert {tensor.dtype for n, tensor in load(path, variant, torch.bfloat16).network.state_dict().items()
+            if "proj_l" in n} == {torch.bfloat16}  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", ["blocks.1.self_attn.attn_op.local_attn.proj_l.bias", "a whole block's"])
+def test_an_sla_checkpoint_has_every_projection_or_none(
+    lost: str, make_network: MakeNetwork, tmp_path: Path
+) -> None:
+    network, variant = make_network("t2v")
+    whole = add_sla(turbodiffusion_state(network))
+    gone = {lost} if lost in whole else {name for name in whole if "proj_l" in name and "blocks.0" in name}
+    torch.save({n: x for n, x in whole.items() if n not in gone}, path := tmp_path / "model.pth")
+    assert f"{len(gone)} missing: blocks." in sentence(path, variant)
+
+
+def test_attention_travels_with_our_files_and_older_ones_are_dense(
+    make_network: MakeNetwork, tmp_path: Path
+) -> None:
+    network, variant = make_network("t2v")
+    save(older := tmp_path / "older.safetensors", network, variant=variant)
+    with safe_open(older, "pt") as file:
+        header = json.loads(file.metadata()["turbodiffusion"])
+    del header["config"]["attention"]
+    save_file(network.state_dict(), older, {"turbodiffusion": json.dumps(header)})
+    assert load(older).network.config == network.config
+    assert network.config["attention"] == {"name": "dense"}
+
+    network.set_attention({"name": "sla", "ratio": 0.15, "block_q": 128, "feature_map": "elu"})
+    for block in network.blocks:
+        nn.init.normal_(block.self_attn.core.proj_l.weight)
+    save(path := tmp_path / "sla.safetensors", network, variant=variant)
+    loaded = load(path)
+    assert is_same(loaded.network, network)
+    assert loaded.network.config == network.config
+    assert loaded.network.blocks[1].self_attn.core.config == network.blocks[1].self_attn.core.config
+    assert loaded.variant.name == variant
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def test_denoising_takes_what_the_plan_says(
 ) -> None:
     # two layers use the memory of forty: every layer's is free when the next one starts
     with META:
-        model = half(WanModel(**{**variants()[name].network, "layers": 2}, core=NoWorkspace))
+        model = half(WanModel(**{**variants()[name].network, "layers": 2}))
         for block in model.blocks:
-            block.cross_attn.core = NoWorkspace()
+            block.self_attn.core, block.cross_attn.core = NoWorkspace(), NoWorkspace()
         x = torch.empty(1, *latents, dtype=torch.float64)
         tokens = latents[1] * latents[2] * latents[3] // 4
         times = torch.empty((1, tokens) if per_token else 1, dtype=torch.float64)

@@ -110,12 +110,15 @@ def test_sla_projections_travel_between_our_names_and_turbodiffusions(run: Run, 
     assert run(convert, f"src={tmp_path / 'a.pth'}", f"dst={tmp_path / 'b.safetensors'}", asked)[0] == 0
     assert "blocks.1.self_attn.core.proj_l.bias" in load_file(tmp_path / "b.safetensors")
     words = (f"src={tmp_path / 'b.safetensors'}", f"dst={tmp_path / 'c.pth'}", "format=turbodiffusion")
-    assert run(convert, *words)[0] == 0
+    code, said = run(convert, *words)
+    assert code == 0
+    assert "a .pth can not say its attention: sla, ratio 0.1" in " ".join(said.split())
     assert is_same(torch.load(tmp_path / "c.pth", weights_only=True), state)
-    code, said = run(
-        convert, f"src={tmp_path / 'b.safetensors'}", f"dst={tmp_path / 'd'}", "format=diffusers"
-    )
-    assert (code, "no place for SLA" in said, (tmp_path / "d").exists()) == (2, True, False)
+    assert "sla, ratio 0.1, block_q 64" in run(inspect, f"ckpt={tmp_path / 'b.safetensors'}")[1]
+    for format in ("diffusers", "wan"):
+        words = (f"src={tmp_path / 'b.safetensors'}", f"dst={tmp_path / 'd'}", f"format={format}")
+        code, said = run(convert, *words)
+        assert (code, "no place for SLA" in said, (tmp_path / "d").exists()) == (2, True, False)
 
 
 def test_dtype_is_written_and_norms_stay_fp32(run: Run, tmp_path: Path) -> None:

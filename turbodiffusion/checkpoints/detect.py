@@ -99,7 +99,9 @@ def _network(source: Source, report: Report, variant: str | None) -> Checkpoint:
     entries = keys.from_turbodiffusion(entries)
     floats = dequantised(entries, torch.bfloat16)
     quantised = is_quantised(set(entries))
-    sla = any(name.endswith("proj_l.weight") for name in entries)
+    notes: list[str] = []
+    config = network_config(report, floats, source.config, notes)
+    sla = config["attention"]["name"] != "dense"
     patch = stored["patch_embedding.weight"].shape
     if source.layout == DCP:
         format, reason = "dcp", "the folder is a torch.distributed.checkpoint"
@@ -117,9 +119,7 @@ def _network(source: Source, report: Report, variant: str | None) -> Checkpoint:
         # each has integers and scales in place of one weight
         count = len(entries) - len(floats)
         reasons.append(f"quantised: {count} weights are INT8 in 128 x 128 tiles")
-    if sla:
-        reasons.append("SLA: self-attention carries proj_l; its top-k and block sizes are in no file")
-    config = network_config(report, floats, source.config, reasons)
-    report = replace(report, format=format, quantised=quantised, sla=sla, config=config)
+    reasons += notes
+    report = replace(report, format=format, quantised=quantised, config=config)
     report = choose_variant(report, variant, reasons)
     return Checkpoint(replace(report, reasons=tuple(reasons)), entries, source.config)

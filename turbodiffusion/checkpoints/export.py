@@ -22,7 +22,6 @@ from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.wan import CLIP_DIM, CLIP_TOKENS
 
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-_SLA = ".core.proj_l."
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Export:
         # no text is read here, so any tokenizer does
         make = partial(make, tokenizer=ByteTokenizer())
     module = on_meta(make, report.path)
-    # SLA's projection is no part of a dense network, but travels with it
-    check_fit(module, {name: entry for name, entry in entries.items() if _SLA not in name}, report.path)
+    check_fit(module, entries, report.path)
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}
     past = report.metadata.history if report.metadata else ()
@@ -98,10 +96,15 @@ def check_destination(kind: str, path: Path, format: str) -> str:
     return suffix
 
 
+def _dense(entries: Entries, config: Numbers) -> Entries:
+    """The entries of a network that Wan's and diffusers' code can run."""
+    if config["attention"]["name"] != "dense":
+        raise UserError("that format has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
+    return entries
+
+
 def _network_to_diffusers(entries: Entries, config: Numbers) -> Entries:
-    if any(_SLA in name for name in entries):
-        raise UserError("diffusers has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
-    return {keys.network_to_diffusers(name): entry for name, entry in entries.items()}
+    return {keys.network_to_diffusers(name): entry for name, entry in _dense(entries, config).items()}
 
 
 def _vae_to_diffusers(entries: Entries, config: Numbers) -> Entries:
@@ -164,7 +167,7 @@ _OURS = Format((".safetensors",))
 _FORMATS = {
     "network": {
         "ours": Format((".safetensors", "")),
-        "wan": Format((".safetensors", ""), config=_wan_config),
+        "wan": Format((".safetensors", ""), _dense, _wan_config),
         "diffusers": Format(("",), _network_to_diffusers, _diffusers_config),
         "turbodiffusion": Format((".pth",), lambda entries, _: keys.to_turbodiffusion(entries)),
     },

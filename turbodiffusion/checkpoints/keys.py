@@ -79,6 +79,11 @@ _FROM_DIFFUSERS = _inverse(_TO_DIFFUSERS) | _with_leaves(
 )
 
 
+def is_projection(name: str) -> bool:
+    """Whether a tensor of our naming is part of SLA's linear branch."""
+    return take_number(name)[0].startswith(_SLA)
+
+
 def is_diffusers(names: Iterable[str]) -> bool:
     """Whether the transformer's tensors carry diffusers' names."""
     return any(name.startswith("condition_embedder.") for name in names)

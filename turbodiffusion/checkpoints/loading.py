@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from turbodiffusion.attention import DenseAttention
 from turbodiffusion.checkpoints.detect import Checkpoint, open_checkpoint
 from turbodiffusion.checkpoints.encoders import sized
 from turbodiffusion.checkpoints.locate import locate
@@ -49,7 +48,6 @@ def load_network(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    core: Callable[[], nn.Module] = DenseAttention,
     variant: str | None = None,
     ema: bool = True,
 ) -> LoadedNetwork:
@@ -60,16 +58,11 @@ def load_network(
     """
     checkpoint = _open(path, "network", variant=variant, ema=ema)
     report = checkpoint.report
-    if report.sla:
-        raise UserError(
-            f"{report.path} was tuned for SLA attention, which is not supported yet; "
-            "run densely it would be another model"
-        )
     if report.variant is None:
         choices = ", ".join(report.candidates) or "the one whose task and channels it shares"
         raise UserError(f"{report.path} does not say its variant; pass variant= with one of {choices}")
     assert report.sampling
-    network = _build(checkpoint, partial(WanModel, core=core), device, dtype)
+    network = _build(checkpoint, WanModel, device, dtype)
     own = replace(named_variant(report.variant), network=network.config)
     return LoadedNetwork(network, own, report.sampling, report)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from turbodiffusion.attention import Attention
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
@@ -15,7 +16,7 @@ KEY = "turbodiffusion"
 KINDS = ("network", "vae", "text_encoder", "image_encoder")
 VERSION = 1
 
-Numbers = dict[str, int | list[int] | list[float] | list[bool] | None]
+Numbers = dict[str, int | list[int] | list[float] | list[bool] | Attention | None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from turbodiffusion.checkpoints.keys import count_layers
+from turbodiffusion.attention import DENSE, Attention, chosen
+from turbodiffusion.checkpoints.keys import count_layers, is_projection
+from turbodiffusion.checkpoints.metadata import Numbers
 from turbodiffusion.checkpoints.report import Report, shape_of
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
@@ -15,19 +17,20 @@ from turbodiffusion.variants import Variant, variants
 from turbodiffusion.variants import variant as named_variant
 
 HEAD_WIDTH = 128  # of every published Wan network
-_ARGUMENTS = {name: p.default for name, p in inspect.signature(WanModel).parameters.items() if name != "core"}
+_ARGUMENTS = {name: p.default for name, p in inspect.signature(WanModel).parameters.items()}
 _DEFAULTS = {name: default for name, default in _ARGUMENTS.items() if isinstance(default, int)}
 
 
 def network_config(
     report: Report, entries: Entries, folder_config: dict[str, object], reasons: list[str]
-) -> dict[str, int]:
+) -> Numbers:
     """WanModel's arguments.  What shapes can not tell: metadata, config.json or the variant of that size."""
+    attention = _attention(report, entries, reasons)
     if report.metadata:
-        if differing := report.metadata.config.keys() ^ _ARGUMENTS.keys():
+        if differing := (report.metadata.config.keys() | {"attention"}) ^ _ARGUMENTS.keys():
             raise UserError(f"{report.path} carries metadata with other sizes than WanModel's: {differing}")
         reasons.append("sizes: from our metadata")
-        return dict(report.metadata.config)
+        return {**report.metadata.config, "attention": attention}
     seen = _sizes(report, entries)
     reasons.append("sizes, from shapes: " + ", ".join(f"{name} {size}" for name, size in seen.items()))
     known = next((_network(name) for name in _fitting(seen)), _DEFAULTS)
@@ -40,7 +43,7 @@ def network_config(
                 f"{report.path} does not say its heads: width {seen['dim']} is no multiple of 128"
             )
     reasons.append(f"heads {heads} and text length {length}: from config.json, the variant, or Wan's usual")
-    return {**seen, "heads": heads, "text_length": length}
+    return {**seen, "heads": heads, "text_length": length, "attention": attention}
 
 
 def choose_variant(report: Report, asked: str | None, reasons: list[str]) -> Report:
@@ -87,7 +90,7 @@ def _check_asked(report: Report, variant: Variant, fitting: tuple[str, ...]) -> 
         return
     wanted, got = _network(variant.name), report.config
     assert got
-    compared = got if fitting else ("in_channels", "out_channels", "clip_tokens", "text_dim")
+    compared = wanted if fitting else ("in_channels", "out_channels", "clip_tokens", "text_dim")
     if differing := [
         f"{name} {got[name]} (wanted {wanted[name]})" for name in compared if got[name] != wanted[name]
     ]:
@@ -99,8 +102,9 @@ def _network(name: str) -> dict[str, int]:
     return _DEFAULTS | variants()[name].network
 
 
-def _fitting(sizes: dict[str, int]) -> tuple[str, ...]:
-    """The variants of these sizes."""
+def _fitting(config: Numbers) -> tuple[str, ...]:
+    """The variants of these sizes, whatever the attention."""
+    sizes = {name: size for name, size in config.items() if name != "attention"}
     return tuple(name for name in variants() if sizes.items() <= _network(name).items())
 
 
@@ -121,6 +125,17 @@ def _sizes(report: Report, entries: Entries) -> dict[str, int]:
         "freq_dim": shape("time_embedding.0.weight")[1],
         "clip_tokens": clip_tokens,
     }
+
+
+def _attention(report: Report, entries: Entries, reasons: list[str]) -> Attention:
+    """From metadata; else sparse-linear where there is a projection, with the defaults of its core."""
+    if report.metadata and "attention" in report.metadata.config:
+        return report.metadata.config["attention"]
+    if not any(is_projection(name) for name in entries):
+        return dict(DENSE)
+    attention = chosen(DENSE, {"name": "sla"})
+    reasons.append(f"SLA: there is proj_l; no file says more, so as published ones were trained: {attention}")
+    return attention
 
 
 def _parts(path: Path) -> list[str]:

@@ -28,7 +28,6 @@ class Report:
     sampling: Sampling | None = None
     expert: str | None = None  # high or low
     quantised: bool = False
-    sla: bool = False
 
 
 def shape_of(report: Report, entries: Entries, name: str, axes: int = 2) -> tuple[int, ...]:

@@ -5,14 +5,13 @@ Parameter names are those of the published Wan files.
 """
 
 import re
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from turbodiffusion.attention import DenseAttention
+from turbodiffusion.attention import DENSE, Attention, DenseAttention, chosen, make_core
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.layers import LayerNorm, RMSNorm, linear_fp32, modulate, sinusoids
 from turbodiffusion.models.rope import rotary_table, rotate
@@ -132,7 +131,7 @@ class ImageEmbedding(nn.Module):
 class WanModel(nn.Module):
     """Noisy latents -> rectified-flow velocity (noise - clean).
 
-    core makes a block's self-attention core.  clip_tokens: 0, 257 (one image) or 514 (first and last image).
+    attention: the self-attention's, None: dense.  clip_tokens: 0, 257 (one image) or 514 (first and last).
     """
 
     def __init__(  # noqa: PLR0913 (the sizes of the published table)
@@ -148,7 +147,7 @@ class WanModel(nn.Module):
         text_length: int = 512,
         freq_dim: int = 256,
         clip_tokens: int = 0,
-        core: Callable[[], nn.Module] = DenseAttention,
+        attention: Attention | None = None,
     ):
         super().__init__()
         if dim % heads or (dim // heads) % 2:
@@ -164,6 +163,7 @@ class WanModel(nn.Module):
             "text_length": text_length,
             "freq_dim": freq_dim,
             "clip_tokens": clip_tokens,
+            "attention": chosen(DENSE, attention or DENSE),
         }
         self.patch_embedding = nn.Conv3d(in_channels, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -172,7 +172,8 @@ class WanModel(nn.Module):
         if clip_tokens:
             self.img_emb = ImageEmbedding(dim, clip_tokens)
         has_image = clip_tokens > 0
-        self.blocks = nn.ModuleList(Block(dim, ffn_dim, heads, has_image, core()) for _ in range(layers))
+        cores = (make_core(self.config["attention"], dim // heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, heads, has_image, core) for core in cores)
         self.head = Head(dim, 4 * out_channels)
         self._init_weights()
 
@@ -191,6 +192,18 @@ class WanModel(nn.Module):
     def is_fp32(name: str) -> bool:
         """Whether the parameter stays fp32 beside bf16 weights: norms and modulation, which cost nothing."""
         return FP32_NAMES.search(name) is not None
+
+    def set_attention(self, asked: Attention, *, drop_linear: bool = False) -> None:
+        """Change self-attention as `attention.chosen` says; a new linear branch is zero, an old one stays."""
+        attention = chosen(self.config["attention"], asked, drop_linear=drop_linear)
+        head_dim = self.config["dim"] // self.config["heads"]
+        for block in self.blocks:
+            old, like = block.self_attn.core, block.self_attn.q.weight
+            core = make_core(attention, head_dim).to(like.device, like.dtype)
+            if type(core) is type(old):
+                core.load_state_dict(old.state_dict())
+            block.self_attn.core = core
+        self.config["attention"] = attention
 
     def shard_units(self) -> list[nn.Module]:
         """The modules to shard, checkpoint, offload or compile one by one, in the order they run."""
