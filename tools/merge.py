@@ -7,7 +7,8 @@ A student's few steps into another teacher: base=other teacher, diff_base=teache
 
 Each input may be of any supported format.  Tensors pass one at a time; the sum is taken in fp32 and rounded
 once, to base's type, so merge fp32 files where there are some: a small difference drowns in bf16.  What base
-has alone or in another shape is kept; what only diff_target has, such as SLA's projections, is copied.
+has alone or in another shape is kept; what only diff_target has is copied.  Where diff_target alone has SLA
+attention, the new model has it too, with every projection.
 """
 
 import math
@@ -94,8 +95,11 @@ def merge(options: Options) -> str:
         )
     names = {name: Path(path).name for name, path in sources.items()}
     deed = {"merged": names, "weight": options.weight, "tensors": dict(counts)}
+    config = base.report.config
+    if not _is_sparse(base) and not _is_sparse(diff_base):
+        config = config | {"attention": diff_target.report.config["attention"]}
     # named after dst, where what is copied may turn out not to fit
-    new = replace(base, entries=entries, report=replace(base.report, path=dst))
+    new = replace(base, entries=entries, report=replace(base.report, path=dst, config=config))
     write_shown(_described(new, diff_target.report.sampling, deed), dst, "ours")
     said = ", ".join(f"{counts[each]} {each}" for each in (MERGED, MISSED, SHAPED, COPIED, LEFT))
     plain = Counter((each, re.sub(r"^blocks[.][0-9]+", "blocks.*", name)) for name, each in fate.items())
@@ -110,6 +114,10 @@ def _described(new: Checkpoint, target: Sampling | None, deed: dict[str, object]
     if sampling and target and target.student:
         sampling = choose_sampler(sampling, STUDENT, named_variant(export.metadata.variant).tasks[0])
     return replace(export, metadata=replace(export.metadata, sampling=sampling, history=(*past, deed)))
+
+
+def _is_sparse(checkpoint: Checkpoint) -> bool:
+    return checkpoint.report.config["attention"]["name"] != "dense"
 
 
 def _open(options: Options, name: str) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Merging: what the issue's T19 asks for, exactly, and who may be merged with whom."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_an_sla_targets_projections_are_copied_whatever_the_files_prefix(run: Ru
     base, diff_base = write("a.safetensors", seed=0, student=True), write("b.safetensors", seed=1)
     target = write("t.safetensors", seed=2)
     extra = {f"{PROJ.format(block)}.weight": torch.randn(128, 128) for block in range(2)}
+    extra |= {f"{PROJ.format(block)}.bias": torch.randn(128) for block in range(2)}
     published = {**target, **extra, "patch_embedding.weight": target["patch_embedding.weight"].flatten(1)}
     torch.save({f"net.{name}": tensor for name, tensor in published.items()}, "c.pth")
     code, said = run(merge, WORDS[0], WORDS[1], "diff_target=c.pth", "dst=folder")
@@ -93,21 +95,58 @@ def test_an_sla_targets_projections_are_copied_whatever_the_files_prefix(run: Ru
     assert f"{len(base)} merged" in said
     assert "copied: blocks.*.self_attn.core.proj_l.weight (2)" in said
     merged = load_file("folder/diffusion_pytorch_model.safetensors")
-    for block in range(2):
-        ours = f"blocks.{block}.self_attn.core.proj_l.weight"
-        assert torch.equal(merged.pop(ours), extra[f"{PROJ.format(block)}.weight"])
+    for block, leaf in product(range(2), ("weight", "bias")):
+        ours = f"blocks.{block}.self_attn.core.proj_l.{leaf}"
+        assert torch.equal(merged.pop(ours), extra[f"{PROJ.format(block)}.{leaf}"])
     expected = {
         n: (b.float() - diff_base[n].float() + target[n].float()).to(b.dtype) for n, b in base.items()
     }
     assert is_same(merged, expected)
     report = detect("folder")
-    assert report.sla
+    assert report.config["attention"]["name"] == "sla"
     assert report.sampling.student
     assert report.metadata.history[-1] == {
         "merged": {"base": "a.safetensors", "diff_base": "b.safetensors", "diff_target": "c.pth"},
         "weight": 1.0,
-        "tensors": {"merged": len(base), "copied": 2},
+        "tensors": {"merged": len(base), "copied": 4},
     }
+
+
+def sparse(path: str, *, seed: int, ratio: float, **other: int) -> WanModel:
+    """A random network with sparse-linear attention, saved."""
+    network = WanModel(**{**SIZES, **other}, attention={"name": "sla", "ratio": ratio, "block_k": 16})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=generator)
+    save(path, network, variant=VARIANT, sampling=variants()[VARIANT].sampling)
+    return network
+
+
+def test_attention_comes_along_and_at_weight_zero_with_base_as_it_was(run: Run) -> None:
+    write("a.safetensors", seed=0, student=True, dtype=torch.float32)
+    write("b.safetensors", seed=1, dtype=torch.float32)
+    target = sparse("c.safetensors", seed=2, ratio=0.25)
+    assert run(merge, *WORDS, "weight=0")[0] == 0
+    student, merged = (
+        load_network(path, device="cpu", dtype=torch.float32).network
+        for path in ("a.safetensors", "out.safetensors")
+    )
+    assert merged.config == target.config
+    assert merged.config["attention"]["ratio"] == 0.25
+    student.set_attention(target.config["attention"])
+    for ours, theirs in zip(student.blocks, target.blocks, strict=True):
+        ours.self_attn.core.load_state_dict(theirs.self_attn.core.state_dict())
+    assert is_same(merged.state_dict(), student.state_dict())
+
+
+def test_a_sparse_base_keeps_its_own_attention(run: Run) -> None:
+    base = sparse("a.safetensors", seed=0, ratio=0.5)
+    write("b.safetensors", seed=1)
+    sparse("c.safetensors", seed=2, ratio=0.25)
+    code, said = run(merge, *WORDS)
+    assert code == 0, said
+    assert detect("out.safetensors").config == base.config
+    assert "kept (missing): blocks.*.self_attn.core.proj_l.weight (2)" in said
 
 
 def test_other_shapes_keep_base_and_a_students_change_makes_a_student(run: Run) -> None:
@@ -153,6 +192,14 @@ def test_int8_weights_merge_as_the_numbers_they_stand_for(run: Run) -> None:
 
 
 WRONG = {
+    "a projection is lost": (
+        [*WORDS[:2], "diff_target=halved.pth", WORDS[3]],
+        "1 missing: blocks.1.self_attn",
+    ),
+    "projections of another head width": (
+        [*WORDS[:2], "diff_target=sparse_wide.safetensors", WORDS[3]],
+        "blocks.0.self_attn.core.proj_l.weight (64, 64)",
+    ),
     "nothing fits": ([*WORDS[:2], "diff_target=wide.safetensors", WORDS[3]], "nothing merged"),
     "an unknown prefix": ([*WORDS[:2], "diff_target=prefixed.safetensors", WORDS[3]], "is no Wan network"),
     "dst is base": ([*WORDS[:3], "dst=a.safetensors"], "a.safetensors exists"),
@@ -181,6 +228,10 @@ def test_a_wrong_input_is_one_sentence_and_no_file(wrong: str, run: Run, tmp_pat
     save("wide.safetensors", WanModel(**{**SIZES, **wide}))
     save_file({f"module.{name}": tensor for name, tensor in state.items()}, "prefixed.safetensors")
     save_file({**state, "stray": torch.zeros(1)}, "more.safetensors")
+    halved = sparse("sparse.safetensors", seed=0, ratio=0.5).state_dict()
+    del halved["blocks.1.self_attn.core.proj_l.bias"]
+    torch.save(halved, "halved.pth")
+    sparse("sparse_wide.safetensors", seed=0, ratio=0.5, heads=2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     words, part = WRONG[wrong]
     code, said = run(merge, *words)
