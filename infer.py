@@ -13,7 +13,7 @@ from turbodiffusion.cli import entry_point
 TEXT = (
     *("ckpt", "ckpt_low", "variant", "vae", "text_encoder", "tokenizer", "image_encoder"),
     *("prompt", "prompt_file", "negative_prompt", "image", "last_image", "out"),
-    *("size", "aspect", "sampler", "dtype", "device", "offload", "tiling"),
+    *("size", "aspect", "sampler", "dtype", "device", "attention", "offload", "tiling"),
 )
 
 

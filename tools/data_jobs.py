@@ -38,6 +38,7 @@ ALWAYS = MODELS | {"mode", "dst", "device", "dtype", "offload"}
 SHARDED = {"format", "samples_per_shard", "batch"}
 PICTURE = {"size", "aspect", "frames"}
 SAMPLING = {"negative_prompt", "sampler", "steps", "guidance", "shift", "sigma_max", "boundary"}
+SAMPLING |= {"attention", "ratio", "block_q", "block_k", "drop_linear"}
 # what else each mode reads
 READS = {
     Mode.sample: SHARDED | PICTURE | SAMPLING | {"prompt_file", "repeat", "seed"},
@@ -119,6 +120,7 @@ def teacher_clips(options: Options, found: Found) -> Job:
         return keyed(numbers, clip.prompts, encoded, latents)
 
     what = {"sampling": asdict(request.sampling), "size": str(size), "seed": options.seed}
+    what |= {"attention": found.attention}
     return Job(options.repeat * len(items), {**what, "prompts": digest(items)}, request.sampling, make)
 
 

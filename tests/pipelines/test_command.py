@@ -126,6 +126,39 @@ def test_a_student_checkpoint_needs_no_options(family: Callable, tmp_path: Path)
     assert record["times"] == pytest.approx([0.987654, 0.933781, 0.852895, 0.608979, 0], abs=1e-6)
 
 
+def test_attention_is_what_was_asked_or_what_the_checkpoint_carries(family: Callable, tmp_path: Path) -> None:
+    options = family("wan_tiny").options(out=str(tmp_path / "a.mp4"))
+    # 16 tokens: four blocks of keys, of which one
+    sparse = {"ratio": 0.25, "block_q": 8, "block_k": 4}
+    generate(options)
+    generate(replace(options, attention="sla", **sparse, out=str(tmp_path / "b.mp4")))
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert record["options"]["attention"] == "sla"
+    assert {name: record["options"][name] for name in sparse} == sparse
+    loaded = checkpoints.load_network(options.ckpt, device="cpu", dtype=torch.float32)
+    loaded.network.set_attention({"name": "sla", **sparse})
+    tuned = str(tmp_path / "sla.safetensors")
+    checkpoints.save(tuned, loaded.network, sampling=loaded.sampling, variant="wan_tiny")
+    generate(replace(options, ckpt=tuned, out=str(tmp_path / "c.mp4")))
+    densely = replace(options, ckpt=tuned, attention="dense", out=str(tmp_path / "d.mp4"))
+    with pytest.raises(UserError, match="another one when run densely"):
+        generate(densely)
+    generate(replace(densely, drop_linear=True))
+    a, b, c, d = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abcd")
+    assert (a == d, b == c, a == b) == (True, True, False)
+
+
+def test_experts_of_different_attention_are_told_what_to_do(family: Callable, tmp_path: Path) -> None:
+    options = family("wan2.2_t2v_a14b").options()
+    loaded = checkpoints.load_network(options.ckpt_low, device="cpu", dtype=torch.float32)
+    loaded.network.set_attention({"name": "sla"})
+    low = str(tmp_path / "low.safetensors")
+    checkpoints.save(low, loaded.network, sampling=loaded.sampling, variant=loaded.variant.name)
+    with pytest.raises(UserError, match=r"experts differ in attention \(dense and sla, ratio 0.1"):
+        find(replace(options, ckpt_low=low))
+    assert find(replace(options, ckpt_low=low, attention="sla", ratio=0.5)).attention["ratio"] == 0.5
+
+
 def test_two_experts_may_be_two_folders_of_one(family: Callable, tmp_path: Path) -> None:
     files = family("wan2.2_t2v_a14b").folder
     for name, file in (("high_noise_model", "network"), ("low_noise_model", "low")):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.conditioning import prepare
@@ -36,12 +37,13 @@ def generate(options: Options) -> None:
         found = find(options)
         request = resolve(options, found.variant, found.sampling, found.multiple())
         plan = make_plan(options, found, request, dtype, free_memory(device))
-        _show_plan(console, plan, f"{found.variant.name}, {device}, {str(dtype).removeprefix('torch.')}")
+        title = f"{found.variant.name}, {device}, {str(dtype).removeprefix('torch.')}"
+        _show_plan(console, plan, f"{title}, attention {spoken(found.attention)}")
         if options.plan_only:
             return
         todo = _unfinished(console, request, is_resumed=options.prompt_file is not None)
         if todo:
-            settled = _settle(options, request, plan, device, dtype)
+            settled = _settle(options, found, request, plan, device, dtype)
             Run(console, settled, found, request, device).all(todo)
 
 
@@ -168,7 +170,7 @@ class Run:
 
 
 def _settle(
-    options: Options, request: Request, plan: Plan, device: torch.device, dtype: torch.dtype
+    options: Options, found: Found, request: Request, plan: Plan, device: torch.device, dtype: torch.dtype
 ) -> Options:
     """The options with every "auto" and every default that was used written out."""
     sampling = request.sampling
@@ -178,6 +180,8 @@ def _settle(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         tiling=str(plan.tiled).lower(),
+        attention=found.attention["name"],
+        **{name: found.attention.get(name) for name in ("ratio", "block_q", "block_k")},
         **{name: getattr(sampling, name) for name in names},
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from turbodiffusion.attention import Attention, chosen, spoken
 from turbodiffusion.checkpoints import (
     Report,
     detect,
@@ -38,6 +39,7 @@ class Found:
 
     variant: Variant
     sampling: Sampling
+    attention: Attention
     reports: dict[str, Report]  # by the names of Models
     tokenizer: Path | None
 
@@ -64,6 +66,7 @@ def find(options: Options) -> Found:
             raise UserError(
                 f"{high} is the low-noise expert or {low} the high-noise one: exchange ckpt= and ckpt_low=."
             )
+    attention = _attention(options, list(reports.values()))
     names = {"vae": variant.vae, "text_encoder": variant.text_encoder}
     if report.config["clip_tokens"]:
         names["image_encoder"] = "clip_vit_h"
@@ -73,7 +76,7 @@ def find(options: Options) -> Found:
     text = reports["text_encoder"]
     if options.tokenizer or not text.config or text.config["vocab"] != ByteTokenizer.vocab:
         tokenizer = locate("tokenizer", "umt5_xxl", text.path, given=options.tokenizer)
-    return Found(variant, report.sampling or variant.sampling, reports, tokenizer)
+    return Found(variant, report.sampling or variant.sampling, attention, reports, tokenizer)
 
 
 def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
@@ -85,6 +88,8 @@ def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
         for name in ("network", "network_low")
         if name in paths
     }
+    for network in networks.values():
+        network.set_attention(found.attention, drop_linear=True)  # `find` has refused what was not asked for
     clip = {}
     if "image_encoder" in paths:
         clip["image_encoder"] = load_image_encoder(paths["image_encoder"], **where)
@@ -148,6 +153,19 @@ def _networks(options: Options) -> tuple[Path, Path | None]:
         if (high / first).is_dir() and (high / second).is_dir():
             return high / first, high / second
     return high, None
+
+
+def _attention(options: Options, networks: list[Report]) -> Attention:
+    """What was asked of what the networks carry."""
+    names = ("ratio", "block_q", "block_k")
+    asked = {"name": options.attention, **{name: getattr(options, name) for name in names}}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    carried = [report.config["attention"] for report in networks]
+    first, *others = (chosen(each, asked, drop_linear=options.drop_linear) for each in carried)
+    if any(other != first for other in others):
+        said = " and ".join(map(spoken, carried))
+        raise UserError(f"the experts differ in attention ({said}): pass attention= and what differs.")
+    return first
 
 
 def _variant(report: Report, *, has_low: bool) -> Variant:

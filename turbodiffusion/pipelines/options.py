@@ -36,6 +36,11 @@ class Options:
     boundary: float | None = MISSING
     device: str = MISSING
     dtype: str = MISSING
+    attention: str | None = MISSING
+    ratio: float | None = MISSING
+    block_q: int | None = MISSING
+    block_k: int | None = MISSING
+    drop_linear: bool = MISSING
     offload: str = MISSING
     tiling: str = MISSING
     plan_only: bool = MISSING
