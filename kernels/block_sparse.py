@@ -5,7 +5,10 @@ kernels/reference.py.
 """
 
 import os
+from collections.abc import Mapping
+from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import FunctionCtx
 
 from kernels import reference
+from kernels.selftest import error_share, first_sound, poisoned
 
 # what the kernels take
 BLOCKS = (32, 64, 128)
@@ -62,8 +66,9 @@ class _SparseAttention(torch.autograd.Function):
         kernels = _kernels()
         blocks = kernels.Blocks(block_index, block_q, block_k)
         if dq is None:
-            return *kernels.attention(q, k, v, blocks), None
-        return kernels.tangent((q, k, v), (dq, dk, dv), blocks)
+            return *kernels.attention(q, k, v, blocks, _form("forward", q, block_q, block_k)), None
+        form = _form("tangent", q, block_q, block_k)
+        return kernels.tangent((q, k, v), (dq, dk, dv), blocks, form)
 
     @staticmethod
     def setup_context(
@@ -80,7 +85,9 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, block_index = ctx.saved_tensors
         kernels = _kernels()
-        return *kernels.backward(saved, grad, kernels.Blocks(block_index, *ctx.sizes)), *(None,) * 6
+        forms = (_form(kind, saved[0], *ctx.sizes) for kind in ("queries", "keys"))
+        grads = kernels.backward(saved, grad, kernels.Blocks(block_index, *ctx.sizes), *forms)
+        return *grads, *(None,) * 6
 
     @staticmethod
     def jvp(ctx: FunctionCtx, *_: Tensor | None) -> tuple[Tensor, None, None]:
@@ -111,6 +118,82 @@ def check(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_q: int, bl
         )
     if block_index.dtype != torch.int32:
         raise ValueError(f"got a list in {block_index.dtype}, wanted torch.int32")
+
+
+def _form(kind: str, q: Tensor, block_q: int, block_k: int) -> NamedTuple:
+    """How to run the kernel of that kind, of those that block_sparse_triton.forms_for knows, where q is."""
+    if q.is_cuda:
+        return _sound_form(kind, q.device, q.dtype, q.shape[-1], block_q, block_k)
+    return _kernels().forms_for(kind, q.dtype, 0, block_q, block_k)[0]
+
+
+@cache
+def _sound_form(
+    kind: str, device: torch.device, dtype: torch.dtype, width: int, block_q: int, block_k: int
+) -> NamedTuple:
+    """The first form that is right about a small example on that GPU."""
+    kernels, trial = _kernels(), _Trial(device, dtype, width, block_q, block_k)
+    major, minor = torch.cuda.get_device_capability(device)
+    forms = kernels.forms_for(kind, dtype, 10 * major + minor, block_q, block_k)
+    usual = {name: kernels.forms_for(name, dtype, 0, block_q, block_k)[0] for name in kernels.PORTABLE}
+    # what the kernels round is rounded by half of eps at most; fp32's sums are in another order, and longer
+    allowed = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+    return first_sound(
+        f"sparse attention ({kind})",
+        {str(tuple(form)): form for form in forms},
+        lambda form: error_share(trial.run(kind, usual | {kind: form}), trial.truth()[kind], allowed),
+    )
+
+
+class _Trial:
+    """Three blocks of queries and nine of keys, the last ones half as long, and their lists."""
+
+    HEADS = 16
+    LISTS = ((0, 1, 2, 3, 5, 8), (0, 2, 4, 6, 7, 8), (1, 3, 4, 5, 6, 7))
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, width: int, block_q: int, block_k: int):
+        generator = torch.Generator(device).manual_seed(0)
+        self.block_q, self.block_k = block_q, block_k
+        self.q, self.dq, self.g, self.k, self.v, self.dk, self.dv = (
+            torch.randn(1, self.HEADS, length, width, generator=generator, device=device).to(dtype)
+            for length in [5 * block_q // 2] * 3 + [17 * block_k // 2] * 4
+        )
+
+    def run(self, kind: str, forms: Mapping[str, NamedTuple]) -> tuple[Tensor, ...]:
+        """What the kernel of that kind computes, those of the other kinds in their forms."""
+        kernels, primals = _kernels(), (self.q, self.k, self.v)
+        index = torch.tensor(self.LISTS, dtype=torch.int32, device=self.q.device)
+        index = index.expand(1, self.HEADS, -1, -1)
+        blocks = kernels.Blocks(index, self.block_q, self.block_k)
+        with poisoned():
+            if kind == "tangent":
+                return kernels.tangent(primals, (self.dq, self.dk, self.dv), blocks, forms[kind])[2:]
+            o, lse = kernels.attention(*primals, blocks, forms["forward"])
+            if kind == "forward":
+                return (o,)
+            saved = (*primals, o, lse)
+            grads = kernels.backward(saved, self.g, blocks, forms["queries"], forms["keys"])
+            return grads[:1] if kind == "queries" else grads[1:]
+
+    def truth(self) -> dict[str, tuple[Tensor, ...]]:
+        """The same by the twin of dense attention in fp64, a list at a time."""
+        q, k, v, dq, dk, dv, g = (
+            x.double() for x in (self.q, self.k, self.v, self.dq, self.dk, self.dv, self.g)
+        )
+        o, do, gq, gk, gv = (torch.zeros_like(x) for x in (q, q, q, k, v))
+        every = torch.arange(k.shape[2], device=k.device)
+        for block, chosen in enumerate(self.LISTS):
+            rows = slice(block * self.block_q, (block + 1) * self.block_q)
+            keys = torch.cat([every[i * self.block_k : (i + 1) * self.block_k] for i in chosen])
+            inputs = [q[:, :, rows], k[:, :, keys], v[:, :, keys]]
+            tangents = [dq[:, :, rows], dk[:, :, keys], dv[:, :, keys]]
+            o[:, :, rows], lse, do[:, :, rows] = reference.attention(*inputs, *tangents)
+            gq[:, :, rows], more_gk, more_gv = reference.attention_backward(
+                *inputs, o[:, :, rows], lse, g[:, :, rows]
+            )
+            gk[:, :, keys] += more_gk
+            gv[:, :, keys] += more_gv
+        return {"forward": (o,), "tangent": (do,), "queries": (gq,), "keys": (gk, gv)}
 
 
 def _kernels() -> ModuleType:

@@ -46,7 +46,7 @@ class Form(NamedTuple):
     registers: int | None = None
 
 
-# In 16 bits, made for D = 128, best first; tests/kernels/test_block_sparse_compile.py holds them to the limits.
+# In 16 bits, made for D = 128, best first; tests/kernels/test_block_sparse_compile.py holds them to limits.
 # More than two stages beside specialisation have been seen to race.
 HOPPER = {
     # four programs a multiprocessor, whose products run under each other's exponentials
@@ -59,21 +59,23 @@ HOPPER = {
     "keys": (Form(64, 64, 4, 2, tma=True),),
 }
 PORTABLE = {
-    "forward": (Form(64, 64, 4, 2),),
-    "tangent": (Form(64, 32, 8, 2),),
-    "queries": (Form(64, 32, 4, 2),),
-    "keys": (Form(64, 32, 4, 2),),
+    "forward": Form(64, 64, 4, 2),
+    "tangent": Form(64, 32, 8, 2),
+    "queries": Form(64, 32, 4, 2),
+    "keys": Form(64, 32, 4, 2),
 }
 # exact fp32 products are no work for tensor cores; small tiles, for tests and not for speed
-FP32 = Form(16, 16, 8, 1)
+FP32 = Form(32, 32, 8, 1)
 
 
-def form_for(kind: str, dtype: torch.dtype, capability: int, block_q: int, block_k: int) -> Form:
-    """The form of a kernel of one kind, a key of HOPPER, for a GPU of that capability, 90 for 9.0."""
+def forms_for(kind: str, dtype: torch.dtype, capability: int, block_q: int, block_k: int) -> list[Form]:
+    """Forms of a kind of kernel, a key of PORTABLE, for a GPU of a capability, 90 for 9.0; best first."""
     if dtype == torch.float32:
-        return FP32
-    forms = (HOPPER if capability == 90 else PORTABLE)[kind]
-    return next((form for form in forms if form.rows <= block_q and form.keys <= block_k), forms[-1])
+        return [FP32]
+    forms = HOPPER[kind] if capability == 90 else ()
+    # the last is cut down to any block
+    fitting = [form for form in forms[:-1] if form.rows <= block_q and form.keys <= block_k]
+    return [*fitting, *forms[-1:], PORTABLE[kind]]
 
 
 def options(
@@ -276,44 +278,36 @@ class Blocks(NamedTuple):
     k: int
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, form: Form | None = None
-) -> tuple[Tensor, Tensor]:
-    """o (B, N, L, D) in q's dtype, tokens first in memory, and lse (B, N, L), fp32; form: the usual if None."""
+def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, form: Form) -> tuple[Tensor, Tensor]:
+    """o (B, N, L, D) in q's dtype, tokens first in memory, and lse (B, N, L), fp32."""
     q, k, v = (tokens_first(x) for x in (q, k, v))
     o, lse = torch.empty_like(q), _row_numbers(q)
-    _launch(forward_kernel, form or _form("forward", q, blocks), blocks, (q, k, v, o, lse), _listed(blocks))
+    _launch(forward_kernel, form, blocks, (q, k, v, o, lse), _listed(blocks))
     return o.transpose(1, 2), lse
 
 
 def tangent(
-    primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], blocks: Blocks, form: Form | None = None
+    primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], blocks: Blocks, form: Form
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse, and the tangent of o along the tangents of q, k and v."""
     inputs = [tokens_first(x) for x in (*primals, *tangents)]
     q = inputs[0]
     o, do, lse = torch.empty_like(q), torch.empty_like(q), _row_numbers(q)
-    form = form or _form("tangent", q, blocks)
     _launch(tangent_kernel, form, blocks, (*inputs, o, do, lse), _listed(blocks))
     return o.transpose(1, 2), lse, do.transpose(1, 2)
 
 
 def backward(
-    saved: tuple[Tensor, ...],
-    grad: Tensor,
-    blocks: Blocks,
-    forms: tuple[Form | None, Form | None] = (None, None),
+    saved: tuple[Tensor, ...], grad: Tensor, blocks: Blocks, form_of_queries: Form, form_of_keys: Form
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients along q, k, v; saved: q, k, v, o and lse.  forms: of the queries' kernel and of the keys'."""
+    """Gradients along q, k and v, from grad, that of o; saved: q, k, v, o and lse."""
     q, k, v, o, g = (tokens_first(x) for x in (*saved[:4], grad))
     lse, delta = saved[4], _row_numbers(q)
     gq, gk, gv = (torch.empty_like(x) for x in (q, k, v))
-    # the queries' kernel leaves delta for the keys'
-    form = forms[0] or _form("queries", q, blocks)
-    _launch(query_grad_kernel, form, blocks, (q, k, v, o, g, lse, delta, gq), _listed(blocks))
-    form = forms[1] or _form("keys", q, blocks)
+    # leaves delta for the kernel of the keys
+    _launch(query_grad_kernel, form_of_queries, blocks, (q, k, v, o, g, lse, delta, gq), _listed(blocks))
     lists = transposed(blocks.index, triton.cdiv(k.shape[1], blocks.k))
-    _launch(key_grad_kernel, form, blocks, (q, k, v, g, lse, delta, gk, gv), lists)
+    _launch(key_grad_kernel, form_of_keys, blocks, (q, k, v, g, lse, delta, gk, gv), lists)
     return gq.transpose(1, 2), gk.transpose(1, 2), gv.transpose(1, 2)
 
 
@@ -337,7 +331,7 @@ def _launch(
     tensors: tuple[Tensor, ...],
     lists: tuple[Tensor, int | Tensor],
 ) -> None:
-    """A program for every tile of queries, or of keys, of every head; tensors, tokens first, start with q, k."""
+    """A program for every tile of queries, or of keys, of every head; tensors: q, k, then others."""
     q, k = tensors[:2]
     (B, L, N, D), S = q.shape, k.shape[1]
     launch = options(form, D, q.dtype, blocks.q, blocks.k)
@@ -346,11 +340,6 @@ def _launch(
         if form.tma:
             allow_descriptors(q.device)
         kernel[tiles, B * N](*tensors, *lists, 1 / math.sqrt(D), L, S, N, **launch)
-
-
-def _form(kind: str, q: Tensor, blocks: Blocks) -> Form:
-    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return form_for(kind, q.dtype, 10 * major + minor, blocks.q, blocks.k)
 
 
 def _listed(blocks: Blocks) -> tuple[Tensor, int]:

@@ -17,6 +17,9 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 LINEAR_EPS = 1e-5
+# of what is rounded, so that a block of zeros can be divided by its largest number
+TINY = 1e-12
+E4M3_MAX = 448
 # about as many numbers as sparse attention holds at once, 256 MiB in fp32
 WORKSPACE = 1 << 26
 
@@ -84,13 +87,48 @@ def sparse_attention(
     q (B, N, L, D), k and v (B, N, S, D), block_index as from block_map -> o (B, N, L, D), lse (B, N, L), both
     in fp32, or fp64 for fp64 inputs.  Differentiable both ways, with the list held fixed.
     """
+    return _sparse_attention(q, k, v, block_index, block_q, block_k, partial(torch.softmax, dim=-1))
+
+
+def sparse_attention_int8(
+    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, *, block_q: int, block_k: int, fp8: bool
+) -> Tensor:
+    """The o of sparse_attention by coarser numbers, in fp32, or fp64 for fp64 inputs.
+
+    int8, one scale a block: queries, and keys less their mean over the sequence, which moves all scores of a
+    row alike.  fp8: in e4m3, values, one scale a channel, and weights up to 448, of which nothing is lost but
+    the rounding (arXiv:2411.10958).
+    """
+    q, k, v = _widen(q), _widen(k), _widen(v)
+    q, k = _round_to_int8(q, block_q), _round_to_int8(k - k.mean(-2, keepdim=True), block_k)
+    if not fp8:
+        return sparse_attention(q, k, v, block_index, block_q=block_q, block_k=block_k)[0]
+    scale = v.abs().amax(-2, keepdim=True).clamp(min=TINY) / E4M3_MAX
+    v = scale * (v / scale).to(torch.float8_e4m3fn).to(v.dtype)
+
+    def rounded_softmax(scores: Tensor) -> Tensor:
+        weights = E4M3_MAX * (scores - scores.amax(-1, keepdim=True)).exp()
+        return weights.to(torch.float8_e4m3fn).to(weights.dtype) / weights.sum(-1, keepdim=True)
+
+    return _sparse_attention(q, k, v, block_index, block_q, block_k, rounded_softmax)[0]
+
+
+def _sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_q: int,
+    block_k: int,
+    softmax: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     length, keys = q.shape[-2], k.shape[-2]
     duals = any(unpack_dual(x).tangent is not None for x in (q, k, v))
     q, k, v = (_into_blocks(_widen(x), size) for x, size in ((q, block_q), (k, block_k), (v, block_k)))
     selected = math.prod(block_index.shape[:2]) * block_index.shape[-1] * block_k
     count = max(1, WORKSPACE // (selected * 2 * (block_q + q.shape[-1])))
     chunks = list(zip(q.split(count, dim=2), block_index.split(count, dim=2), strict=True))
-    attend = partial(_attend_to_listed, k, v, keys)
+    attend = partial(_attend_to_listed, k, v, keys, softmax)
     if len(chunks) > 1 and torch.is_grad_enabled() and not duals:
         # backward computes a chunk again instead of keeping all of them
         attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
@@ -111,7 +149,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str) -> Tenso
 
 
 def _attend_to_listed(
-    k: Tensor, v: Tensor, keys: int, q: Tensor, block_index: Tensor
+    k: Tensor,
+    v: Tensor,
+    keys: int,
+    softmax: Callable[[Tensor], Tensor],
+    q: Tensor,
+    block_index: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """All in blocks: k, v (B, N, K, block_k, D), q (B, N, Q, block_q, D), index (B, N, Q, kept) -> o, lse."""
     heads, blocks, size = math.prod(k.shape[:2]), *k.shape[2:4]
@@ -125,12 +168,19 @@ def _attend_to_listed(
     if keys % size:
         padding = block_index.unsqueeze(-1) * size + torch.arange(size, device=k.device) >= keys
         scores = scores.masked_fill(padding.flatten(3).unsqueeze(3), -torch.inf)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    return softmax(scores) @ v, scores.logsumexp(-1)
 
 
 def _into_blocks(x: Tensor, size: int) -> Tensor:
     """(B, N, L, D) -> (B, N, blocks, size, D), the last block filled up with zeros."""
     return F.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
+
+
+def _round_to_int8(x: Tensor, size: int) -> Tensor:
+    """(B, N, L, D) in steps of the 127th of each block's largest number."""
+    blocks = _into_blocks(x, size)
+    step = blocks.abs().amax((-2, -1), keepdim=True).clamp(min=TINY) / 127
+    return (step * (blocks / step).round()).flatten(2, 3)[:, :, : x.shape[2]]
 
 
 def _block_means(x: Tensor, size: int) -> Tensor:

@@ -37,11 +37,7 @@ def matrix(ptr, count, stride, D: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 @triton.jit
 def load_tile(x, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr):
     """load_rows of a matrix."""
-    if TMA:
-        tile = x.load([first, 0])
-    else:
-        tile = load_rows(x, first, count, stride, D, ROWS)
-    return tile
+    return x.load([first, 0]) if TMA else load_rows(x, first, count, stride, D, ROWS)
 
 
 @triton.jit
