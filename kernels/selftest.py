@@ -41,7 +41,7 @@ def first_sound(name: str, forms: Mapping[str, Form], check: Callable[[Form], fl
 
 
 def error_share(got: Sequence[Tensor], truth: Sequence[Tensor], allowed: float) -> float:
-    """Largest error of a tensor relative to its truth, in the 2-norm, over the allowed one; NaN if one has."""
+    """Largest error of a tensor relative to its truth, in the 2-norm, over the allowed; NaN if one has."""
     errors = [(x.double() - y).norm() / y.norm() for x, y in zip(got, truth, strict=True)]
     # of Python's numbers, max may lose a NaN
     return (torch.stack(errors).max() / allowed).item()

@@ -1,0 +1,136 @@
+"""Triton kernels of kernels/block_map.py: means of blocks, their scores, the best of each row.
+
+The means read every token once, and that is most of the time.  Everything is fp32; queries and keys lie in
+memory tokens first, (B, L, N, D), as the model's projections leave them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.reference import kept_blocks
+from kernels.tiles import load_rows, tokens_first
+
+HEAD_WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# one compilation for every length, 1 included
+LENGTHS = ("L", "S", "N", "Q", "K", "kept")
+# tokens that a program of mean_kernel holds at once; blocks of a tile of scores, and channels of its steps
+TOKENS, TILE, CHANNELS = 64, 64, 32
+# scores that a warp of select_kernel holds: 64 registers a thread
+SCORES_OF_A_WARP = 2048
+
+
+@triton.jit
+def _store_mean(
+    x_ptr, mean_ptr, block, blocks, length, N,
+    SIZE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Mean of one block of one head of x (B, L, N, D), less the head's first token if SHIFT."""
+    head = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, D)
+    x_ptr += (head // N * length * N + head % N) * D
+    first = block * SIZE
+    end = tl.minimum(first + SIZE, length)
+    total = tl.zeros([D], tl.float32)
+    for start in range(first, end, TOKENS):
+        x = load_rows(x_ptr, start, end, N * D, D, TOKENS).to(tl.float32)
+        if SHIFT:
+            shift = tl.load(x_ptr + channel).to(tl.float32)
+            x = tl.where((start + tl.arange(0, TOKENS) < end)[:, None], x - shift[None, :], 0.0)
+        total += tl.sum(x, 0)
+    mean = tl.math.div_rn(total, (end - first).to(tl.float32))
+    tl.store(mean_ptr + (head * blocks + block) * D + channel, mean)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def mean_kernel(
+    q_ptr, k_ptr, mean_q_ptr, mean_k_ptr, L, S, N, Q, K,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Means of the Q blocks of queries and then the K blocks of keys: (B, N, Q, D) and (B, N, K, D)."""
+    block = tl.program_id(1)
+    if block < Q:
+        _store_mean(q_ptr, mean_q_ptr, block, Q, L, N, BLOCK_Q, D, TOKENS, False)
+    else:
+        # any one vector taken from all keys adds the same to all scores of a row.  Their first has most of
+        # what they share, which would cost bits, and needs no pass of its own as their mean does
+        _store_mean(k_ptr, mean_k_ptr, block - Q, K, S, N, BLOCK_K, D, TOKENS, True)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def score_kernel(
+    mean_q_ptr, mean_k_ptr, score_ptr, Q, K, D: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Products of the means (B, N, Q, K), a tile of one head a program, to the precision of fp32."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    key = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    head = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)[None, :]
+    mean_q_ptr += head * Q * D
+    mean_k_ptr += head * K * D
+    score = tl.zeros([TILE, TILE], tl.float32)
+    for start in range(0, D, CHANNELS):
+        q = tl.load(mean_q_ptr + row * D + start + channel, mask=row < Q, other=0.0)
+        k = tl.load(mean_k_ptr + key * D + start + channel, mask=key < K, other=0.0)
+        # three products of tensor cores, without which fp32 is slow
+        score = tl.dot(q, k.T, score, input_precision="tf32x3")
+    key = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(score_ptr + head * Q * K + row * K + key, score, mask=(row < Q) & (key < K))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def select_kernel(score_ptr, index_ptr, K, kept, WIDTH: tl.constexpr):
+    """The `kept` best of one row of K <= WIDTH scores, ascending; of equal ones the lower index."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.arange(0, WIDTH)
+    score = tl.load(score_ptr + row * K + key, mask=key < K, other=0.0)
+    # integers in the order of the numbers: -0 is 0, NaN comes first, and what is absent comes last
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    rank = tl.minimum(bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFE)
+    rank = tl.where(key < K, rank, -0x80000000)
+    # at least `kept` ranks reach low, and fewer reach high
+    low = tl.full([], -0x80000000, tl.int32)
+    high = tl.full([], 0x7FFFFFFF, tl.int32)
+    count = tl.full([], WIDTH, tl.int32)
+    while (count != kept) & (low + 1 < high):
+        middle = (low & high) + ((low ^ high) >> 1)  # halfway, without overflow
+        reach = tl.sum((rank >= middle).to(tl.int32), 0)
+        if reach >= kept:
+            low, count = middle, reach
+        else:
+            high = middle
+    above = rank >= high
+    level = (rank >= low) & ~above
+    missing = kept - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 0) <= missing))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(index_ptr + row * kept + place, key, mask=chosen)
+
+
+def is_supported(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernels here take q and k; the twin takes anything."""
+    return q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] in HEAD_WIDTHS
+
+
+def block_map(q: Tensor, k: Tensor, *, block_q: int, block_k: int, ratio: float) -> Tensor:
+    """The twin of kernels.reference.block_map."""
+    q, k = tokens_first(q), tokens_first(k)
+    (B, L, N, D), S = q.shape, k.shape[1]
+    Q, K = triton.cdiv(L, block_q), triton.cdiv(S, block_k)
+    kept = kept_blocks(ratio, K)
+    mean_q, mean_k, scores = (
+        torch.empty(B, N, *size, dtype=torch.float32, device=q.device) for size in ((Q, D), (K, D), (Q, K))
+    )
+    index = torch.empty(B, N, Q, kept, dtype=torch.int32, device=q.device)
+    width = triton.next_power_of_2(K)
+    with torch.cuda.device_of(q):
+        mean_kernel[B * N, Q + K](
+            q, k, mean_q, mean_k, L, S, N, Q, K, BLOCK_Q=block_q, BLOCK_K=block_k, D=D, TOKENS=TOKENS
+        )
+        grid = (triton.cdiv(Q, TILE), triton.cdiv(K, TILE), B * N)
+        score_kernel[grid](mean_q, mean_k, scores, Q, K, D=D, TILE=TILE, CHANNELS=min(D, CHANNELS))
+        warps = max(1, width // SCORES_OF_A_WARP)
+        select_kernel[(B * N * Q,)](scores, index, K, kept, WIDTH=width, num_warps=warps)
+    return index

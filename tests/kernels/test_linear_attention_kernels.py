@@ -1,0 +1,146 @@
+"""The Triton kernels of the linear branch: on a GPU, or in the interpreter by test_sla_parts.py."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kernels.linear_attention import fused, linear_attention, plain
+from kernels.reference import FEATURE_MAPS, LINEAR_EPS
+from kernels.selftest import poisoned
+
+pytestmark = pytest.mark.gpu
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BF16, FP32 = torch.bfloat16, torch.float32
+# forgiven in any case: in fp32 a GPU's exponentials take part, good to two roundings each
+ROUNDINGS = {BF16: 1, FP32: 4}
+# queries, keys, width: one token, about two tiles, several parts
+SMALL = [(1, 1, 64), (63, 64, 64), (65, 63, 64), (64, 300, 64), (300, 1, 64), (33, 65, 128)]
+LARGE = [(1000, 515, 128), (200, 32760, 128), (32760, 200, 128)] * GPU
+CASES = [(BF16, size, "softmax") for size in SMALL + LARGE]
+CASES += [(dtype, SMALL[2], name) for dtype in (BF16, FP32) for name in FEATURE_MAPS]
+CASES += [(FP32, size, "softmax") for size in SMALL[::3] + LARGE[:1]]
+NAMES = ("out", "q", "k", "v", "weight", "bias", "add")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    with poisoned():
+        yield
+
+
+def draw(size: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v, weight, bias, add and the gradient of the output; values have a mean, as a network's do."""
+    rows, keys, width = size
+    tokens = [torch.randn(2, length, 2, width).transpose(1, 2) for length in (rows, keys, keys, rows, rows)]
+    q, k, v, add, grad = tokens
+    weight, bias = torch.randn(width, width) / width**0.5, torch.randn(width)
+    return [x.to(DEVICE, dtype) for x in (q, k, v + 0.5, weight, bias, add, grad)]
+
+
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, add: Tensor, feature_map: str
+) -> Tensor:
+    """By PyTorch's operators, each rounding to the inputs' dtype."""
+    q, k = map(FEATURE_MAPS[feature_map], (q, k))
+    out = q @ (k.mT @ v) / (LINEAR_EPS + q @ k.sum(-2).unsqueeze(-1))
+    return F.linear(out, weight, bias) + add
+
+
+def differentiate(form: Callable[..., Tensor], tensors: list[Tensor], feature_map: str) -> list[Tensor]:
+    """The output, and the gradients of all inputs."""
+    *inputs, grad = tensors
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = form(*inputs, feature_map)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+@pytest.mark.parametrize(("dtype", "size", "feature_map"), CASES)
+def test_output_and_gradients(dtype: torch.dtype, size: tuple[int, int, int], feature_map: str) -> None:
+    tensors = draw(size, dtype)
+    got = differentiate(fused, tensors, feature_map)
+    truth = differentiate(plain, [x.double() for x in tensors], feature_map)
+    lost = differentiate(naive, tensors, feature_map)
+    # a gradient may all but vanish (one key: that of q and k); what is left is rounding of the others' size
+    largest = max(x.norm() for x in truth[1:4])
+    for name, ours, naively, true in zip(NAMES, got, lost, truth, strict=True):
+        assert ours.dtype == dtype
+        floor = ROUNDINGS[dtype] * torch.finfo(dtype).eps * max(true.norm(), largest * (name in "qkv"))
+        # at most twice what PyTorch loses at this precision
+        limit = max(2 * (naively.double() - true).norm(), floor)
+        assert (ours.double() - true).norm() <= limit, name
+
+
+def test_gradients_survive_values_that_are_nearly_alike() -> None:
+    # rows differ by a tenth of what they share, of which each bf16 product alone would lose 2^-9
+    tensors = draw((65, 130, 64), BF16)
+    tensors[2] = tensors[2] + 10
+    got = differentiate(fused, tensors, "softmax")
+    truth = differentiate(plain, [x.double() for x in tensors], "softmax")
+    for name, ours, true in zip(NAMES, got, truth, strict=True):
+        # four roundings, of features, of what is divided, of the state and of the result
+        assert (ours.double() - true).norm() <= 4 * 2**-9 * true.norm(), name
+
+
+def test_untrained_projection_adds_nothing() -> None:
+    q, k, v, weight, bias, add, _ = draw((65, 63, 64), BF16)
+    assert torch.equal(fused(q, k, v, 0 * weight, 0 * bias, add, "softmax"), add)
+
+
+def test_what_is_added_may_be_absent_or_wider() -> None:
+    q, k, v, weight, bias, add, grad = draw((33, 40, 64), BF16)
+    alone = fused(q, k, v, weight, bias, None, "relu").double()
+    wide = torch.randn_like(add, dtype=FP32).requires_grad_()
+    out = fused(q, k, v, weight, bias, wide, "relu")
+    # each of the two is rounded once, at 2^-9 of its size
+    assert (out.double() - (alone + wide)).norm() <= 2**-8 * (alone.norm() + out.double().norm())
+    assert torch.equal(torch.autograd.grad(out, wide, grad)[0], grad.float())
+
+
+def test_the_same_bits_every_time_and_in_every_layout() -> None:
+    tensors = draw((65, 300, 64), BF16)
+    wanted = differentiate(fused, tensors, "elu")
+    again = differentiate(fused, tensors, "elu")
+    packed = differentiate(fused, [x.contiguous() for x in tensors], "elu")
+    tensors[3] = tensors[3].T.contiguous().T
+    turned = differentiate(fused, tensors, "elu")
+    for results in (again, packed, turned):
+        assert all(torch.equal(x, y) for x, y in zip(results, wanted, strict=True))
+
+
+def test_queries_without_features_get_the_bias() -> None:
+    q, k, v, weight, bias, _, _ = draw((5, 40, 64), FP32)
+    # keys without any, too: a mass of zero
+    for keys in (k, -k.abs()):
+        out = fused(-q.abs(), keys, v, weight, bias, None, "relu")
+        assert torch.equal(out, bias.expand_as(out))
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_tangent_is_pytorchs(place: int) -> None:
+    inputs = draw((17, 20, 64), FP32)[:6]
+    with torch.no_grad(), forward_ad.dual_level():
+        inputs[place] = forward_ad.make_dual(inputs[place], torch.randn_like(inputs[place]))
+        q, k, v, weight, bias, add = inputs
+        got = forward_ad.unpack_dual(linear_attention(q, k, v, "softmax", weight, bias, add))
+        wanted = forward_ad.unpack_dual(plain(*inputs, "softmax"))
+        assert torch.equal(got.primal, wanted.primal)
+        assert torch.equal(got.tangent, wanted.tangent)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(32, FP32), (64, torch.float64), (64, torch.float16)])
+def test_pytorch_takes_what_the_kernels_cannot(width: int, dtype: torch.dtype) -> None:
+    q, k, v, weight, bias, add, _ = draw((10, 20, width), dtype)
+    got = linear_attention(q, k, v, "softmax", weight, bias, add)
+    assert torch.equal(got, plain(q, k, v, weight, bias, add, "softmax"))
+
+
+def test_the_kernels_take_the_rest() -> None:
+    q, k, v, weight, bias, add, _ = draw((10, 20, 64), BF16)
+    got = linear_attention(q, k, v, "softmax", weight, bias, add)
+    assert torch.equal(got, fused(q, k, v, weight, bias, add, "softmax"))
