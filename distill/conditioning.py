@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.data import EncodedClips
 from distill.flow_matching import Captioned, condition
@@ -19,6 +19,7 @@ from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import PAD
 from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.samplers.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class Example:
     condition: Tensor | None = None  # (B, channels, T, h, w)
     clip: Tensor | None = None  # (B, tokens, 1280)
     has_clips: bool = True
+
+    def noise(self, rng: torch.Generator) -> Tensor:
+        """N(0, 1) like the latents."""
+        return torch.randn(self.latents.shape, generator=rng, device=self.latents.device)
+
+    def view(self, network: nn.Module, timesteps: str) -> Denoiser:
+        """velocity(x, s) of a network on the batch's prompts; timesteps: how it is told the time."""
+        return Denoiser(
+            network=network,
+            context=self.context,
+            condition=self.condition,
+            clip=self.clip,
+            timesteps=timesteps,
+        )
 
 
 @dataclass(frozen=True)
