@@ -107,6 +107,10 @@ class Method:
         return self.consistency is not None or starts_late
 
     @property
+    def has_critic(self) -> bool:
+        return self.matching is not None
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of pure consistency before matching begins."""
         return 0 if self.consistency is None else self.consistency.warmup_steps
@@ -129,10 +133,16 @@ class Method:
             updates = step - updates - 1
         return updates % self.matching.max_steps + 1
 
+    def build(
+        self, student: nn.Module, teacher: nn.Module, critic: nn.Module | None, negative: Tensor | None
+    ) -> "RCM":
+        """The objective."""
+        return RCM(self, student, teacher, critic, negative)
+
 
 @dataclass(frozen=True)
 class RCM:
-    """Trains "student", and "critic" if there is matching, towards a frozen teacher; all alike WanModels.
+    """Trains "student", and "critic" if there is matching, towards a frozen teacher: WanModels of one size.
 
     negative (1, S, E): what guidance leads away from, for guidance other than 1.
     """
@@ -178,13 +188,7 @@ class RCM:
 
     def view(self, network: nn.Module, batch: Example) -> Denoiser:
         """velocity(x, s) of a network on the batch's prompts."""
-        return Denoiser(
-            network=network,
-            context=batch.context,
-            condition=batch.condition,
-            clip=batch.clip,
-            timesteps=self.method.timesteps,
-        )
+        return batch.view(network, self.method.timesteps)
 
     def guided(self, batch: Example) -> Denoiser:
         """The teacher's velocity, with guidance."""
@@ -192,14 +196,14 @@ class RCM:
         return replace(view, negative=self.negative, guidance=self.method.guidance)
 
     def _consistency_loss(self, batch: Example, step: int, rng: Generator, watch: Watch) -> Tensor:
-        part, noise = self.method.consistency, _noise(batch, rng)
+        part, noise = self.method.consistency, batch.noise(rng)
         times = part.times(len(noise), rng)
         student, teacher = self.view(self.student, batch), self.guided(batch)
         return part.weight * part.loss(student, teacher, batch.latents, noise, times, step, watch=watch)
 
     def _matching_loss(self, batch: Example, step: int, rng: Generator, watch: Watch) -> Tensor:
         part, x0 = self.method.matching, self._rollout(batch, step, rng)
-        noise, s = _noise(batch, rng), part.times(len(x0), rng)
+        noise, s = batch.noise(rng), part.times(len(x0), rng)
         critic, teacher = self.view(self.critic, batch), self.guided(batch)
         return part.weight * part.loss(critic, teacher, x0, noise, s, watch=watch)
 
@@ -207,7 +211,7 @@ class RCM:
         part = self.method.matching
         with torch.no_grad():
             x0 = self._rollout(batch, step, rng)
-        noise, s = _noise(batch, rng), part.times(len(x0), rng)
+        noise, s = batch.noise(rng), part.times(len(x0), rng)
         loss = part.critic(self.view(self.critic, batch), x0, noise, s)
         watch("critic/loss", loss, s)
         return loss
@@ -216,8 +220,8 @@ class RCM:
         """The student's x0; from the clips' own noisy states where an expert's times begin below 1."""
         steps = self.method.rollout_steps(step)
         times = self.method.matching.rollout(steps, len(batch.latents), rng)
-        start = add_noise(batch.latents, _noise(batch, rng), times[0])
-        return simulate(self.view(self.student, batch), start, times, lambda: _noise(batch, rng))
+        start = add_noise(batch.latents, batch.noise(rng), times[0])
+        return simulate(self.view(self.student, batch), start, times, lambda: batch.noise(rng))
 
 
 def check_negative(method: Method, negative: object) -> None:
@@ -227,10 +231,6 @@ def check_negative(method: Method, negative: object) -> None:
             f"guidance={method.guidance} needs negative=, the embedding of the negative prompt: without it "
             "guidance would do nothing"
         )
-
-
-def _noise(batch: Example, rng: Generator) -> Tensor:
-    return torch.randn(batch.latents.shape, generator=rng, device=batch.latents.device)
 
 
 def _check_weight(name: str, weight: float) -> None:

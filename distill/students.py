@@ -15,10 +15,12 @@ from distill.objective import Product
 from distill.rcm import RCM
 from turbodiffusion.checkpoints import LoadedNetwork
 from turbodiffusion.models.wan import WanModel
+from turbodiffusion.samplers.denoiser import Denoiser
 from turbodiffusion.samplers.few_step import sample_rcm
 from turbodiffusion.samplers.noise import SampleNoise
 from turbodiffusion.samplers.ode import as_state, sample_unipc
 from turbodiffusion.samplers.time import shifted_times, student_times
+from turbodiffusion.variants import Sampling
 
 STEPS = (1, 2, 4)
 Pair = tuple[Tensor, Tensor]  # latents (B, C, T, h, w) of the same prompts from first and from other noise
@@ -53,7 +55,7 @@ class Students:
         scores = {f"energy/student_{n}": _energy(pair, truth) for n, pair in made.items()}
         scores |= {f"energy/untrained_{n}": _energy(pair, truth) for n, pair in self._untrained.items()}
         scores |= {f"energy/teacher_{n}": _energy(pair, truth) for n, pair in self._teacher.items()}
-        return scores | {f"mse/student_{n}": _mse(first, truth) for n, (first, _) in made.items()}
+        return scores | {f"mse/student_{n}": mse(first, truth) for n, (first, _) in made.items()}
 
     def verdict(self, measures: dict[str, float]) -> str | None:
         """One line on those measures."""
@@ -78,10 +80,7 @@ class Students:
 
     def products(self, networks: dict[str, nn.Module]) -> list[Product]:
         sampling = self.teacher.sampling.as_student(self.sigma_max, self.objective.method.timesteps)
-        metadata = self.teacher.report.metadata
-        history = list(metadata.history) if metadata else []
-        student, name = networks["student"], self.teacher.variant.name
-        return [Product(self.file, student, name, sampling, history, WanModel.is_fp32)]
+        return [product(self.file, networks["student"], self.teacher, sampling)]
 
     @property
     def _steps(self) -> int:
@@ -105,23 +104,38 @@ class Students:
         return {n: self._pair(self._teacher_sampler(n)) for n in (*STEPS, self._steps)}
 
     def _teacher_sampler(self, steps: int) -> Sampler:
-        times = shifted_times(steps, self.teacher.sampling.shift, sigma_max=self.sigma_max)
-
         def sample(example: Example, noise: SampleNoise) -> Tensor:
-            start = times[0].item() * as_state(noise.draw())
-            return sample_unipc(self.objective.guided(example), start, times)
+            shift, sigma_max = self.teacher.sampling.shift, self.sigma_max
+            return sample_teacher(
+                self.objective.guided(example), noise, steps, shift=shift, sigma_max=sigma_max
+            )
 
         return sample
 
     def _pair(self, sample: Sampler) -> Pair:
         first, other = (
-            torch.cat([sample(example, _noise(example, offset)) for example in self.material.shown])
+            torch.cat([sample(example, noise_of(example, offset)) for example in self.material.shown])
             for offset in (0, 1)
         )
         return first, other
 
 
-def _noise(example: Example, offset: int) -> SampleNoise:
+def product(file: str, network: nn.Module, teacher: LoadedNetwork, sampling: Sampling) -> Product:
+    """What is shipped of a network that was made from a teacher."""
+    metadata = teacher.report.metadata
+    history = list(metadata.history) if metadata else []
+    return Product(file, network, teacher.variant.name, sampling, history, WanModel.is_fp32)
+
+
+def sample_teacher(
+    velocity: Denoiser, noise: SampleNoise, steps: int, *, shift: float, sigma_max: float
+) -> Tensor:
+    """Latents by the sampler of many steps."""
+    times = shifted_times(steps, shift, sigma_max=sigma_max)
+    return sample_unipc(velocity, times[0].item() * as_state(noise.draw()), times)
+
+
+def noise_of(example: Example, offset: int = 0) -> SampleNoise:
     """Noise of an example's clips, always the same; another for another offset."""
     latents, count = example.latents, len(example.latents)
     seeds = range(offset * count, (offset + 1) * count)
@@ -139,5 +153,6 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).double().flatten(1).norm(dim=1).mean() / a[0].numel() ** 0.5).item()
 
 
-def _mse(made: Tensor, wanted: Tensor) -> float:
+def mse(made: Tensor, wanted: Tensor) -> float:
+    """Mean squared difference of a value."""
     return (made - wanted).square().mean().item()

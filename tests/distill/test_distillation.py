@@ -28,7 +28,9 @@ from turbodiffusion.variants import variant
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CPU = Hardware(torch.device("cpu"), torch.float32, None)
-PRESETS = ("rcm", "scm", "dcm", "dmd")
+PRESETS = ("rcm", "scm", "dcm", "dmd", "rcm_sla")
+# of the 8 tokens here: four blocks of keys, of which one
+BLOCKS = ("attention.ratio=0.25", "attention.block_q=4", "attention.block_k=2")
 
 
 def composed(experiment: str, *overrides: str) -> DictConfig:
@@ -62,8 +64,10 @@ class Noise:
         return Material(self, [self.batch(100), self.batch(101, 1)], torch.zeros(1, 3, 128), None)
 
 
-def parts(teacher: Path, preset: str, hardware: Hardware = CPU, *, start: str | None = None) -> Parts:
-    recipe = composed(f"{preset}_tiny").recipe
+def parts(
+    teacher: Path, preset: str, hardware: Hardware = CPU, *words: str, start: str | None = None
+) -> Parts:
+    recipe = composed(f"{preset}_tiny", *(BLOCKS if "sla" in preset else ()), *words).recipe
     return distillation(
         hardware,
         teacher=str(teacher),
@@ -71,6 +75,7 @@ def parts(teacher: Path, preset: str, hardware: Hardware = CPU, *, start: str | 
         objective=instantiate(recipe.objective),
         source=Noise(),
         outcome=instantiate(recipe.outcome, teacher_steps=3),
+        **{name: recipe[name] for name in ("attention", "trainable") if name in recipe},
     )
 
 
@@ -83,7 +88,7 @@ def test_presets_train_their_networks_and_ship_a_student(preset: str, teacher: P
     before = {role: next(network.parameters()).clone() for role, network in made.objective.networks.items()}
     trainer = Trainer(made, optims={"default": Optim(lr=1e-3, warmup=1)}, plan=PLAN, folder=tmp_path / preset)
     trainer.fit()
-    assert set(before) == {"student"} | ({"critic"} if preset in ("rcm", "dmd") else set())
+    assert set(before) == {"student"} | (set() if preset in ("scm", "dcm") else {"critic"})
     for role, network in made.objective.networks.items():
         assert not torch.equal(next(network.parameters()), before[role])
     shipped = checkpoints.load_network(
@@ -93,6 +98,10 @@ def test_presets_train_their_networks_and_ship_a_student(preset: str, teacher: P
     # told times as in training
     assert (shipped.sampling.timesteps, shipped.sampling.sigma_max) == ("float", 80.0)
     assert [entry["trained"] for entry in shipped.report.metadata.history] == ["teacher", preset]
+    name = "sla" if preset == "rcm_sla" else "dense"
+    assert shipped.network.config["attention"]["name"] == name
+    networks = (made.objective.teacher, made.objective.critic)
+    assert all(n is None or n.config["attention"] == {"name": "dense"} for n in networks)
 
 
 def test_networks_start_as_copies_of_a_frozen_teacher(teacher: Path):
@@ -183,6 +192,63 @@ def test_one_step_along_a_straight_path_is_the_teachers_clip(teacher: Path):
     # fp64 rounding, squared
     assert measures["mse/student_1"] < 1e-24
     assert measures["energy/student_1"] == pytest.approx(measures["energy/teacher_3"], rel=1e-12)
+
+
+def test_alignment_ships_a_sparse_network_that_is_sampled_like_its_teacher(teacher: Path, tmp_path: Path):
+    made = parts(teacher, "sla")
+    before = made.outcome.measure(made.objective.networks)
+    assert before["mse/student"] == before["mse/untrained"] > 0
+    Trainer(made, optims={"default": Optim(lr=1e-3, warmup=1)}, plan=PLAN, folder=tmp_path / "sla").fit()
+    shipped = checkpoints.load_network(
+        tmp_path / "sla" / "sla_tiny.safetensors", device="cpu", dtype=torch.float32
+    )
+    attention = {"name": "sla", "ratio": 0.25, "block_q": 4, "block_k": 2, "feature_map": "softmax"}
+    assert shipped.network.config["attention"] == attention
+    assert made.objective.teacher.config["attention"] == {"name": "dense"}
+    assert (shipped.sampling.sampler, shipped.sampling.guidance) == ("unipc", 2.5)
+    after = made.outcome.measure({"student": shipped.network})
+    assert after["mse/untrained"] == before["mse/untrained"]
+    assert after["mse/student"] != before["mse/student"]
+    assert f"{after['mse/student']:.4f}, and" in made.outcome.verdict(after)
+
+
+@pytest.mark.parametrize("trainable", ["all", "proj_only", "no_proj"])
+def test_what_is_trainable_moves_and_nothing_else(trainable: str, teacher: Path, tmp_path: Path):
+    made = parts(teacher, "sla", CPU, f"trainable={trainable}")
+    before = {name: weight.clone() for name, weight in made.objective.student.state_dict().items()}
+    Trainer(made, optims={"default": Optim(lr=1e-3, warmup=1)}, plan=PLAN, folder=tmp_path / "run").fit()
+    after = made.objective.student.state_dict()
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    projections = {name for name in before if ".proj_l." in name}
+    assert len(projections) == 4
+    wanted = {"all": set(before), "proj_only": projections, "no_proj": set(before) - projections}[trainable]
+    assert moved <= wanted
+    assert moved >= {name for name in wanted if "self_attn" in name and "weight" in name}
+
+
+def test_a_tuned_teacher_is_distilled_on_with_the_attention_it_has(teacher: Path, tmp_path: Path):
+    tuned = checkpoints.load_network(teacher, device="cpu", dtype=torch.float32).network
+    tuned.set_attention({"name": "sla", "block_q": 4, "block_k": 2})
+    nn.init.normal_(tuned.blocks[0].self_attn.core.proj_l.weight)
+    path = tmp_path / "tuned.safetensors"
+    checkpoints.save(path, tuned, sampling=variant("wan_tiny").sampling, variant="wan_tiny")
+    for preset, ratio in (("rcm", 0.1), ("rcm_sla", 0.25)):
+        student = parts(teacher, preset, start=str(path)).objective.student
+        assert (
+            student.config["attention"]["ratio"] == student.blocks[0].self_attn.core.config["ratio"] == ratio
+        )
+        assert torch.equal(
+            student.blocks[0].self_attn.core.proj_l.weight, tuned.blocks[0].self_attn.core.proj_l.weight
+        )
+
+
+def test_wrong_attention_is_refused(teacher: Path):
+    for words, said in (
+        (["attention.feature_map=hedgehog"], "softmax, elu, relu"),
+        (["trainable=some"], "trainable=some: choose all, proj_only, no_proj"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parts(teacher, "sla", CPU, *words)
 
 
 def test_small_world_shows_a_share_of_first_frames(make_student, make_clips):

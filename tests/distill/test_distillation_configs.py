@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from distill.dcm import DCMLoss
 from distill.rcm import Method
 from distill.scm import SCMLoss
+from distill.sla import Alignment
 from distill.times import FixedRollout, LogNormal, RandomRollout, UniformShift
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -49,6 +51,23 @@ PUBLISHED["rcm_wan14b"] = PUBLISHED["rcm_wan1_3b"] | {
     "frames": 21,
 }
 
+# reference: the experiments wan2pt1_{1pt3B,14B}_res480p_t2v_SLA at thu-ml/TurboDiffusion, 2026-07-16
+TUNED = {
+    "sla_wan1_3b": {
+        "attention": {"name": "sla", "ratio": 0.1, "block_q": 64, "block_k": 64, "feature_map": "softmax"},
+        "objective": Alignment(LogNormal(1.5, 1.6), guidance=5.0),
+        "trainable": "all",
+        "optims.default": (1e-5, (0.9, 0.999), 0.01, 100, "constant"),
+        "sigma_max": 80,
+        "run": (100_000, 4, 1, 0, 50, 500, 500),
+        "frames": 21,
+        "ema": 0.1,
+        "clip": float("inf"),
+        "shown": 5,
+    },
+}
+TUNED["sla_wan14b"] = TUNED["sla_wan1_3b"] | {"run": (100_000, 1, 32, 0, 50, 250, 250)}
+
 
 def composed(experiment: str, *overrides: str) -> Tree:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -60,16 +79,14 @@ def method(tree: Tree) -> Method:
     return instantiate(tree["recipe"]["objective"])
 
 
-@pytest.mark.parametrize("experiment", PUBLISHED)
-def test_defaults_are_the_published_ones(experiment: str):
-    tree = composed(experiment)
-    objective, plan = method(tree), instantiate(tree["plan"])
+def machinery(tree: Tree) -> Tree:
+    """What is not the objective's."""
+    plan = instantiate(tree["plan"])
     got: Tree = {
         f"optims.{role}": (o["lr"], tuple(o["betas"]), o["weight_decay"], o["warmup"], o["decay"])
         for role, o in tree["optims"].items()
     }
-    got |= {
-        "guidance": objective.guidance,
+    return got | {
         "sigma_max": tree["recipe"]["outcome"]["sigma_max"],
         "run": (
             plan.steps, tree["batch"], plan.accumulate, plan.seed,
@@ -80,6 +97,13 @@ def test_defaults_are_the_published_ones(experiment: str):
         "clip": plan.max_grad_norm,
         "shown": tree["recipe"]["source"]["shown"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_defaults_are_the_published_ones(experiment: str):
+    tree = composed(experiment)
+    objective = method(tree)
+    got = machinery(tree) | {"guidance": objective.guidance}
     for name in PUBLISHED[experiment].keys() - got.keys():
         node: object = objective
         for part in name.split("."):
@@ -88,6 +112,32 @@ def test_defaults_are_the_published_ones(experiment: str):
     assert got == PUBLISHED[experiment]
     assert isinstance(objective.consistency.loss, SCMLoss)
     assert (objective.consistency.loss.warmup, objective.timesteps) == ("code", "float")
+
+
+@pytest.mark.parametrize("experiment", TUNED)
+def test_defaults_of_tuning_are_the_published_ones(experiment: str):
+    tree = composed(experiment)
+    got = machinery(tree) | {name: tree["recipe"][name] for name in ("attention", "trainable")}
+    del got["optims.critic"]  # there is none
+    assert got | {"objective": method(tree)} == TUNED[experiment]
+
+
+@pytest.mark.parametrize(("dense", "blocks"), [("rcm_tiny", (32, 16)), ("rcm_wan1_3b", (64, 64))])
+def test_a_sparse_student_is_distilled_as_a_dense_one(dense: str, blocks: tuple[int, int]):
+    sparse = dense.replace("rcm", "rcm_sla")
+    ours, theirs = composed(sparse), composed(dense)
+    attention = ours.pop("attention")
+    assert ours["recipe"].pop("attention") == attention
+    assert (attention["ratio"], attention["block_q"], attention["block_k"]) == (0.1, *blocks)
+    assert ours["recipe"]["outcome"].pop("file") == ours.pop("name") == sparse
+    del theirs["name"], theirs["recipe"]["outcome"]["file"]
+    assert ours == theirs
+
+
+def test_attention_is_chosen_by_name_and_a_wrong_one_names_the_choices():
+    assert composed("rcm_sla_tiny", "attention=dense")["recipe"]["attention"] == {"name": "dense"}
+    with pytest.raises(HydraException, match=r"Available options in 'attention':\s+dense\s+sla\s+sla_tiny"):
+        composed("sla_tiny", "attention=foo")
 
 
 @pytest.mark.parametrize("preset", ["scm", "dcm", "dmd"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.jvp import jvp
+from kernels.reference import block_map
 from turbodiffusion.models.wan import WanModel
 
 DIRECTIONS = {"x": (True, False), "time": (False, True), "x_and_time": (True, True)}
@@ -72,6 +73,34 @@ def test_tangent_equals_central_differences(direction: tuple[bool, bool]) -> Non
     # central differences are wrong by h^2 until rounding, 1e-16 / h, takes over
     assert errors[1] < 0.02 * errors[0]
     assert min(errors) < 1e-6
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
+@pytest.mark.usefixtures("everything_fp64")
+def test_tangent_of_sparse_linear_attention_equals_central_differences(direction: tuple[bool, bool]) -> None:
+    model = build_network().double()
+    # 18 tokens: five blocks of keys, of which two
+    model.set_attention({"name": "sla", "ratio": 0.4, "block_q": 8, "block_k": 4})
+    maps: list[Tensor] = []
+
+    def note(core: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> None:
+        maps.append(block_map(*given[:2], ratio=0.4, block_q=8, block_k=4))
+
+    for block in model.blocks:
+        nn.init.normal_(block.self_attn.core.proj_l.weight, std=0.3)
+        block.self_attn.core.register_forward_pre_hook(note)
+    x, time, context = draw_inputs(torch.float64)
+    tangents = draw_tangents(x, time, direction)
+    _, tangent = jvp(model, (x, time), tangents, context)
+    dx, dtime = (0 if t is None else t for t in tangents)
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (model(x + e * dx, time + e * dtime, context) for e in (h, -h))
+    # the derivative holds the choice fixed, so it must not change between these points
+    assert all(torch.equal(maps[i], maps[i % 2]) for i in range(6))
+    assert tangent.norm() > 1e-3
+    # wrong by h^2, and by rounding of 1e-16 / h
+    assert relative_error(tangent, (ahead - behind) / (2 * h)) < 1e-6
 
 
 def test_result_equals_the_plain_pass() -> None:
