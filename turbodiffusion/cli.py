@@ -160,7 +160,7 @@ def _config_sentence(error: Exception, names: Collection[str]) -> str:
     text = str(error).strip()
     if unknown := re.match(r"Could not override '([^']+)'", text):
         return f"There is no option {unknown[1]!r}{near(unknown[1], names)}."
-    return re.split(r"To append to your config|\n\s*full_key", text)[0]
+    return re.split(r"To append to your config|Config search path|\n\s*full_key", text)[0]
 
 
 def _system_sentence(error: OSError) -> str:
