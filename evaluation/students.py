@@ -1,12 +1,13 @@
 """Students beside their teacher, over numbers of steps: one table for the small world.
 
     python -m evaluation.students ckpts=[rcm:a.safetensors,b.safetensors,dmd:c.safetensors] dst=DIR
-                                  [steps=[1,2,4]] [count=512] [seeds=16] [batch=64]
+                                  [steps=[1,2,4]] [count=512] [seeds=16] [batch=64] [ratio=0.1]
 
 `name:file` begins a group of training seeds, which the files after it join; a file before any is alone.
 Every model answers the same held-out prompts from the same noise, each once, then the first few `seeds`
-times.  The teacher does so again from other noise: what distance and diversity come to between equals.  DIR
-gets students.md and students.json.
+times.  The teacher does so again from other noise: what distance and diversity come to between equals.  With
+ratio= all but the teacher keep that share of blocks in sparse-linear attention, also those that are dense.
+DIR gets students.md and students.json.
 
 accuracy    share of clips that the oracle reads as asked for (`evaluation/oracle.py`)
 distance    Frechet distance to the teacher's clips (`evaluation/distribution.py`)
@@ -17,11 +18,12 @@ seconds     of denoising for one clip, at this batch; the median
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import torch
+import yaml
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.progress import track
@@ -40,7 +42,7 @@ from turbodiffusion.pipelines.generate import Clip, Encoded, Pipeline, Watch
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.small_world.captions import held_out_prompts
 from turbodiffusion.small_world.sprites import load_sprites
-from turbodiffusion.variants import Sampling
+from turbodiffusion.variants import CONFIGS, Sampling
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Options(Setting):
     seeds: int = 16
     diversity_prompts: int = 16
     batch: int = 64
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -195,10 +198,23 @@ def load_students(options: Options, teacher: WanModel) -> dict[str, list[LoadedN
         name: [load_network(file, device=device, dtype=dtype) for file in files]
         for name, files in groups(options.ckpts).items()
     }
-    for each, size in product(chain(*found.values()), ("in_channels", "text_dim")):
-        if (got := each.network.config[size]) != (wants := teacher.config[size]):
-            raise UserError(f"{each.report.path} has {size} {got} but its teacher has {wants}; give its own")
+    for each in chain(*found.values()):
+        for size in ("in_channels", "text_dim"):
+            if (got := each.network.config[size]) != (wants := teacher.config[size]):
+                raise UserError(
+                    f"{each.report.path} has {size} {got} but its teacher has {wants}; give its own"
+                )
+        if options.ratio is not None:
+            sparsify(each.network, options.ratio)
     return found
+
+
+def sparsify(network: WanModel, ratio: float) -> None:
+    """Have the network keep another share of blocks; a dense one gets the small world's blocks."""
+    asked = {"ratio": ratio}
+    if network.config["attention"]["name"] == "dense":
+        asked = yaml.safe_load((CONFIGS / "attention" / "sla_tiny.yaml").read_text()) | asked
+    network.set_attention(asked)
 
 
 def measure(options: Options) -> Iterator[Row]:

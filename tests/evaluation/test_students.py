@@ -9,8 +9,8 @@ import torch
 
 from evaluation import students
 from evaluation.oracle import Reading
-from evaluation.students import Answers, Questions, Row, Scores, groups, score
-from turbodiffusion.checkpoints import save
+from evaluation.students import Answers, Questions, Row, Scores, groups, load_students, score
+from turbodiffusion.checkpoints import load_network, save
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines.generate import Encoded
 from turbodiffusion.variants import variants
@@ -92,6 +92,23 @@ def test_wrong_input_is_one_sentence(
     assert part in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_share_of_blocks_is_kept_by_tuned_and_by_dense_students(tmp_path: Path) -> None:
+    teacher = load_network(TEACHER, device="cpu", dtype=torch.float32).network
+    tuned = tmp_path / "tuned.safetensors"
+    blocks = {"name": "sla", "block_q": 64, "block_k": 8}
+    save(tuned, WanModel(**{**teacher.config, "attention": blocks}), variant="wan_tiny")
+    options = students.Options(ckpts=[TEACHER, str(tuned)], ratio=0.25, device="cpu", dtype="float32")
+    found = [loaded for group in load_students(options, teacher).values() for loaded in group]
+    for loaded, (block_q, block_k) in zip(found, ((32, 16), (64, 8)), strict=True):
+        core = loaded.network.blocks[0].self_attn.core
+        assert (core.config["ratio"], core.config["block_q"], core.config["block_k"]) == (
+            0.25,
+            block_q,
+            block_k,
+        )
+    assert teacher.config["attention"] == {"name": "dense"}
 
 
 def test_a_name_begins_a_group_that_the_files_after_it_join() -> None:
