@@ -132,7 +132,7 @@ def _sound_form(
     kind: str, device: torch.device, dtype: torch.dtype, width: int, block_q: int, block_k: int
 ) -> NamedTuple:
     """The first form that is right about a small example on that GPU."""
-    kernels, trial = _kernels(), _Trial(device, dtype, width, block_q, block_k)
+    kernels, trial = _kernels(), Trial(device, dtype, width, block_q, block_k)
     major, minor = torch.cuda.get_device_capability(device)
     forms = kernels.forms_for(kind, dtype, 10 * major + minor, block_q, block_k)
     usual = {name: kernels.forms_for(name, dtype, 0, block_q, block_k)[0] for name in kernels.PORTABLE}
@@ -145,7 +145,7 @@ def _sound_form(
     )
 
 
-class _Trial:
+class Trial:
     """Three blocks of queries and nine of keys, the last ones half as long, and their lists."""
 
     HEADS = 16
@@ -154,6 +154,8 @@ class _Trial:
     def __init__(self, device: torch.device, dtype: torch.dtype, width: int, block_q: int, block_k: int):
         generator = torch.Generator(device).manual_seed(0)
         self.block_q, self.block_k = block_q, block_k
+        index = torch.tensor(self.LISTS, dtype=torch.int32, device=device)
+        self.index = index.expand(1, self.HEADS, -1, -1)
         self.q, self.dq, self.g, self.k, self.v, self.dk, self.dv = (
             torch.randn(1, self.HEADS, length, width, generator=generator, device=device).to(dtype)
             for length in [5 * block_q // 2] * 3 + [17 * block_k // 2] * 4
@@ -162,9 +164,7 @@ class _Trial:
     def run(self, kind: str, forms: Mapping[str, NamedTuple]) -> tuple[Tensor, ...]:
         """What the kernel of that kind computes, those of the other kinds in their forms."""
         kernels, primals = _kernels(), (self.q, self.k, self.v)
-        index = torch.tensor(self.LISTS, dtype=torch.int32, device=self.q.device)
-        index = index.expand(1, self.HEADS, -1, -1)
-        blocks = kernels.Blocks(index, self.block_q, self.block_k)
+        blocks = kernels.Blocks(self.index, self.block_q, self.block_k)
         with poisoned():
             if kind == "tangent":
                 return kernels.tangent(primals, (self.dq, self.dk, self.dv), blocks, forms[kind])[2:]
@@ -176,7 +176,7 @@ class _Trial:
             return grads[:1] if kind == "queries" else grads[1:]
 
     def truth(self) -> dict[str, tuple[Tensor, ...]]:
-        """The same by the twin of dense attention in fp64, a list at a time."""
+        """The same for every kind, by the twin of dense attention in fp64, a list at a time."""
         q, k, v, dq, dk, dv, g = (
             x.double() for x in (self.q, self.k, self.v, self.dq, self.dk, self.dv, self.g)
         )

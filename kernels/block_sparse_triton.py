@@ -62,7 +62,7 @@ PORTABLE = {
     "forward": Form(64, 64, 4, 2),
     "tangent": Form(64, 32, 8, 2),
     "queries": Form(64, 32, 4, 2),
-    "keys": Form(64, 32, 4, 2),
+    "keys": Form(64, 64, 8, 2),
 }
 # exact fp32 products are no work for tensor cores; small tiles, for tests and not for speed
 FP32 = Form(32, 32, 8, 1)
@@ -98,7 +98,7 @@ def options(
 
 
 @triton.jit
-def _first_key(list_ptr, tile, BLOCK_K: tl.constexpr, KEYS: tl.constexpr):
+def first_key(list_ptr, tile, BLOCK_K: tl.constexpr, KEYS: tl.constexpr):
     """The first key of a tile, counted along the listed blocks."""
     TILES: tl.constexpr = BLOCK_K // KEYS
     return tl.load(list_ptr + tile // TILES) * BLOCK_K + tile % TILES * KEYS
@@ -126,7 +126,7 @@ def forward_kernel(
     l = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, D], tl.float32)
     for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
-        key = _first_key(list_ptr, tile, BLOCK_K, KEYS)
+        key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]
         # a block holds at least one key, in its first tile: m is finite from then on
@@ -168,7 +168,7 @@ def tangent_kernel(
     o = tl.zeros([ROWS, D], tl.float32)
     do = tl.zeros([ROWS, D], tl.float32)
     for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
-        key = _first_key(list_ptr, tile, BLOCK_K, KEYS)
+        key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]
         ds = tl.dot(dq, k.T, input_precision=DOT)
@@ -220,7 +220,7 @@ def query_grad_kernel(
     lse = tl.load(lse_ptr + head * L + row, mask=row < L, other=0.0)
     gq = tl.zeros([ROWS, D], tl.float32)
     for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
-        key = _first_key(list_ptr, tile, BLOCK_K, KEYS)
+        key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         v = load_tile(v_rows, key, S, stride, D, KEYS, TMA)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]

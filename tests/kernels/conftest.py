@@ -1,12 +1,14 @@
-"""bf16 for Triton's interpreter (TRITON_INTERPRET=1), which computes on its bits as if they were integers."""
+"""bf16 and e4m3 for Triton's interpreter (TRITON_INTERPRET=1): it computes on bf16's bits as if they were
+integers, and truncates what it makes e4m3."""
 
 import os
 from collections.abc import Callable
 
 
 def _install() -> None:
-    """Compute on bf16 in fp32 and round the result to the nearest even, as a GPU does."""
+    """Compute on bf16 in fp32 and round results, and e4m3, to the nearest even, as a GPU does."""
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -33,7 +35,13 @@ def _install() -> None:
 
         return call
 
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast, dot, fp_to_fp = builder.cast_impl, builder.create_dot, builder.create_fp_to_fp
+
+    def create_fp_to_fp(self: object, x: Handle, dtype: tl.dtype, rounding: object) -> Handle:
+        if dtype.scalar != tl.float8e4nv or x.dtype.scalar != tl.float32:
+            return fp_to_fp(self, x, dtype, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(x.data)).to(torch.float8_e4m3fn)
+        return Handle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
 
     def cast_impl(self: object, x: Handle, dtype: tl.dtype) -> Handle:
         if dtype.scalar != tl.bfloat16:
@@ -46,6 +54,7 @@ def _install() -> None:
     for name in ("binary_op", "unary_op", "create_fma"):
         setattr(builder, name, in_fp32(getattr(builder, name)))
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.create_fp_to_fp = create_fp_to_fp
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,11 +1,5 @@
 """Attention with a tangent: its plain twin against PyTorch, and who runs when."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,9 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import reference
 from kernels.flash_jvp import attention
+from tests.kernels.processes import interpret, interpreted, run
 from turbodiffusion.attention import DenseAttention
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def draw(rows: int = 5, keys: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -121,17 +114,6 @@ def test_dense_attention_is_pytorchs_unless_a_tangent_comes() -> None:
             assert forward_ad.unpack_dual(core(*inputs)).tangent is not None
 
 
-def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_cpu_needs_no_triton() -> None:
     code = (
         "import sys\n"
@@ -144,12 +126,6 @@ def test_cpu_needs_no_triton() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, pytest -m gpu runs the kernels themselves")
+@interpreted
 def test_kernels_in_the_interpreter() -> None:
-    # in a process of its own: Triton interprets or compiles, one of the two in a process
-    result = run(
-        "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_flash_jvp_kernels.py", TRITON_INTERPRET="1"
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "passed" in result.stdout
+    interpret("tests/kernels/test_flash_jvp_kernels.py")

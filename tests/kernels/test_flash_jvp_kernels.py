@@ -1,7 +1,5 @@
 """The Triton kernels of attention with a tangent: on a GPU, or in the interpreter by test_flash_jvp.py."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,14 +7,11 @@ from torch.autograd import forward_ad
 
 from kernels import flash_jvp_triton, reference
 from kernels.flash_jvp import attention
+from tests.kernels.judging import DEVICE, GPU, ROUNDINGS, differentiate, error, widen
 
 pytestmark = pytest.mark.gpu
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
-# forgiven in any case: in fp32 a GPU's exponentials take part, good to two roundings each
-ROUNDINGS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}
 # rows, keys, head width.  One row or key, less than a block of any tile, one off a multiple of it
 SMALL = [(1, 1, 32), (17, 63, 32), (63, 1, 32), (1, 65, 32)]
 LARGE = [(1, 64, 64), (63, 63, 128), (129, 65, 64), (999, 999, 128), (1024, 1024, 64), (1000, 515, 128)]
@@ -55,19 +50,6 @@ def plain(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents, strict=True)
     )
     return torch.func.jvp(naive, (q, k, v), tangents)
-
-
-def differentiate(fn: Callable[..., Tensor], primals: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    primals = [x.detach().requires_grad_() for x in primals]
-    return torch.autograd.grad(fn(*primals), primals, grad)
-
-
-def error(got: Tensor, truth: Tensor) -> float:
-    return ((got.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
-
-
-def widen(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if x is None else x.double() for x in tensors]
 
 
 @pytest.mark.parametrize(

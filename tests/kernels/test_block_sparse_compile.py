@@ -1,0 +1,99 @@
+"""The kernels of block-sparse attention compile for every supported GPU, with no GPU, and fit it."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.compiler import CompiledKernel
+
+from kernels import block_sparse_int8_triton as int8
+from kernels import block_sparse_triton as sparse
+from tests.kernels.compiling import SHARED_BYTES, compile_kernel
+
+BF16, FP32 = torch.bfloat16, torch.float32
+KERNELS = {
+    "forward": sparse.forward_kernel,
+    "tangent": sparse.tangent_kernel,
+    "queries": sparse.query_grad_kernel,
+    "keys": sparse.key_grad_kernel,
+}
+TYPES = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("list_ptr", "starts_ptr"), "*i32")
+TYPES["scale"] = "fp32"
+INT8_TYPES = TYPES | {"q_ptr": "*i8", "k_ptr": "*i8", "o_ptr": "*bf16"}
+INT8_TYPES |= dict.fromkeys(("q_step_ptr", "k_step_ptr"), "*fp32")
+# every choice of forms, at the width they are made for
+BLOCKS = [(64, 64), (128, 64), (128, 128)]
+# Hopper's own matrix instructions, and the tensor cores of the others
+PRODUCTS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 120: "mma.sync"}
+
+
+def compile_sparse(
+    kind: str, form: sparse.Form, capability: int, blocks: tuple[int, int], dtype: torch.dtype = BF16
+) -> CompiledKernel:
+    kernel = KERNELS[kind]
+    element = {BF16: "*bf16", FP32: "*fp32"}[dtype]
+    types = {x: element for x in kernel.arg_names if x.endswith("_ptr")} | TYPES
+    return compile_kernel(kernel, types, sparse.options(form, 128, dtype, *blocks), capability)
+
+
+def compile_int8(eight: int8.Eight, capability: int, blocks: tuple[int, int]) -> CompiledKernel:
+    options = sparse.options(eight.form, 128, BF16, *blocks) | ({} if eight.fp8 else {"v_step_ptr": None})
+    del options["DOT"]
+    types = INT8_TYPES | ({"v_ptr": "*fp8e4nv", "v_step_ptr": "*fp32"} if eight.fp8 else {"v_ptr": "*bf16"})
+    return compile_kernel(int8.attention_kernel, types, options, capability)
+
+
+def fits(kernel: CompiledKernel, form: sparse.Form, capability: int) -> bool:
+    # warp specialisation may vanish without a word: a group that loads, and two that multiply
+    warps = 12 if form.specialise else form.warps
+    in_place = kernel.metadata.shared <= SHARED_BYTES[capability] and kernel.metadata.num_warps == warps
+    return in_place and PRODUCTS[capability] in kernel.asm["ptx"] and bool(kernel.asm["cubin"])
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("kind", KERNELS)
+def test_forms_fit_their_gpu(kind: str, capability: int, blocks: tuple[int, int]) -> None:
+    for form in sparse.forms_for(kind, BF16, capability, *blocks):
+        assert fits(compile_sparse(kind, form, capability, blocks), form, capability)
+
+
+def test_large_blocks_are_specialised_on_hopper() -> None:
+    assert sparse.forms_for("forward", BF16, 90, 128, 128)[0].specialise
+    # two groups of 64 rows: no other height
+    assert not sparse.forms_for("forward", BF16, 90, 64, 128)[0].specialise
+
+
+def test_four_programs_share_a_hopper_multiprocessor() -> None:
+    form = sparse.forms_for("forward", BF16, 90, 64, 64)[0]
+    kernel = compile_sparse("forward", form, 90, (64, 64))
+    # 65,536 registers; with more than 128 a thread, or more shared memory, fewer programs would fit
+    assert kernel.metadata.maxnreg * 32 * form.warps * 4 <= 65536
+    assert (kernel.metadata.shared + 1024) * 4 <= 228 << 10
+    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_fp32_mode_multiplies_in_fp32(kind: str) -> None:
+    kernel = compile_sparse(kind, sparse.FP32, 90, (64, 64), FP32)
+    assert kernel.metadata.shared <= SHARED_BYTES[90]
+    assert "mma" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_eight_bit_forms_fit_their_gpu(capability: int, blocks: tuple[int, int]) -> None:
+    for eight in int8.forms_for(capability):
+        kernel = compile_int8(eight, capability, blocks)
+        assert fits(kernel, eight.form, capability)
+        assert "s32.s8.s8" in kernel.asm["ptx"]
+        assert ("e4m3.e4m3" in kernel.asm["ptx"]) == eight.fp8
+
+
+@pytest.mark.parametrize("capability", [89, 90, 120])
+def test_quantisation_compiles(capability: int) -> None:
+    types = {"x_ptr": "*bf16", "mean_ptr": "*fp32", "y_ptr": "*i8", "step_ptr": "*fp32", "tiny": "fp32"}
+    assert compile_kernel(int8.quantise_kernel, types, {"D": 128, "ROWS": 128, "num_warps": 8}, capability)
+    types = {"v_ptr": "*bf16", "y_ptr": "*fp8e4nv", "step_ptr": "*fp32"}
+    assert compile_kernel(int8.quantise_values_kernel, types, {"D": 128, "KEYS": 64}, capability)
