@@ -20,8 +20,8 @@ from turbodiffusion.checkpoints import LoadedNetwork
 from turbodiffusion.errors import UserError
 from turbodiffusion.samplers.denoiser import Denoiser
 
-# of the ramp; a new ratio compiles the blocks anew, for which PyTorch loses patience after eight
-STAIRS = 6
+# of the ramp; each ratio, and the dense teacher, compiles the blocks anew, and after eight times PyTorch gives up
+STAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Alignment:
         """The objective."""
         if student.config["attention"]["name"] == "dense":
             raise UserError("attention=dense: there is nothing to align; take attention=sla")
+        if self.empty_share and negative is None:
+            raise UserError(f"empty_share={self.empty_share} needs negative=, the embedding that it trains")
         return SLAFinetune(self, student, teacher, negative)
 
 

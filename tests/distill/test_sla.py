@@ -124,7 +124,7 @@ def test_ratio_falls_by_stairs_of_one_factor():
 def test_the_ramp_holds_while_a_loss_is_differentiated_and_not_outside():
     objective = finetune(replace(ALIGNMENT, ramp_steps=60))
     cores = [block.self_attn.core for block in objective.student.blocks]
-    for step, ratio in ((0, 1.0), (30, 0.2**0.5), (60, 0.2)):
+    for step, ratio in ((0, 1.0), (36, 0.2**0.6), (60, 0.2)):
         for _ in losses(objective, step):
             assert [core.config["ratio"] for core in cores] == [ratio] * 2
         assert [core.config["ratio"] for core in cores] == [0.2] * 2
@@ -173,6 +173,8 @@ def test_what_can_not_be_trained_is_refused():
     teacher, _ = pair()
     with pytest.raises(UserError, match="attention=dense: there is nothing to align"):
         ALIGNMENT.build(teacher, teacher, None, None)
+    with pytest.raises(UserError, match=r"empty_share=0.1 needs negative="):
+        replace(ALIGNMENT, empty_share=0.1).build(*reversed(pair()), None, None)
     with pytest.raises(UserError, match="prompts alone"):
         next(losses(finetune(), example=replace(batch(), has_clips=False)))
     with pytest.raises(UserError, match="empty_share=2"):
