@@ -20,7 +20,7 @@ from turbodiffusion.checkpoints import LoadedNetwork
 from turbodiffusion.errors import UserError
 from turbodiffusion.samplers.denoiser import Denoiser
 
-# of the ramp; each ratio, and the dense teacher, compiles the blocks anew, and after eight times PyTorch gives up
+# of the ramp; blocks are compiled anew for every ratio, and after eight times PyTorch gives up
 STAIRS = 5
 
 
