@@ -22,8 +22,8 @@ TYPES = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("list_
 TYPES["scale"] = "fp32"
 INT8_TYPES = TYPES | {"q_ptr": "*i8", "k_ptr": "*i8", "o_ptr": "*bf16"}
 INT8_TYPES |= dict.fromkeys(("q_step_ptr", "k_step_ptr"), "*fp32")
-# every choice of forms, at the width they are made for
-BLOCKS = [(64, 64), (128, 64), (128, 128)]
+# both choices of forms, at the width they are made for
+BLOCKS = [(64, 64), (128, 128)]
 # Hopper's own matrix instructions, and the tensor cores of the others
 PRODUCTS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 120: "mma.sync"}
 
