@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from kernels.tiles import LN2, LOG2E, load_rows, store_rows, tokens_first
+
 HEAD_WIDTHS = (32, 64, 128)
 # what the Hopper kernel takes, and the first Triton with Gluon as it is written in
 HOPPER_WIDTHS = (64, 128)
@@ -71,22 +71,6 @@ def options(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, int | st
     }
 
 
-@triton.jit
-def _rows(ptr, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr):
-    """Rows first .. first + ROWS of a matrix of `count` rows; zeros below its end."""
-    row = tl.arange(0, ROWS)
-    # one 64-bit base and 32-bit offsets within the block: half the registers of 64-bit offsets
-    x_ptr = ptr + first * stride.to(tl.int64) + row[:, None] * stride + tl.arange(0, D)[None, :]
-    return tl.load(x_ptr, mask=(first + row < count)[:, None], other=0.0)  # [ROWS, D]
-
-
-@triton.jit
-def _store_rows(ptr, x, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    x_ptr = ptr + first * stride.to(tl.int64) + row[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(x_ptr, x.to(ptr.dtype.element_ty), mask=(first + row < count)[:, None])
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, lse_ptr, scale, L, S, N,
@@ -98,16 +82,16 @@ def forward_kernel(
     stride = N * D
     q_off = (head // N * L * N + head % N) * D
     k_off = (head // N * S * N + head % N) * D
-    q = _rows(q_ptr + q_off, first, L, stride, D, ROWS)
+    q = load_rows(q_ptr + q_off, first, L, stride, D, ROWS)
     if dq_ptr is not None:
-        dq = _rows(dq_ptr + q_off, first, L, stride, D, ROWS)
+        dq = load_rows(dq_ptr + q_off, first, L, stride, D, ROWS)
     m = tl.full([ROWS], -float("inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     r = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, D], tl.float32)
     do = tl.zeros([ROWS, D], tl.float32)
     for key in range(0, S, KEYS):
-        k = _rows(k_ptr + k_off, key, S, stride, D, KEYS)
+        k = load_rows(k_ptr + k_off, key, S, stride, D, KEYS)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]
         s = tl.where((key + tl.arange(0, KEYS) < S)[None, :], s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2E))
@@ -115,13 +99,13 @@ def forward_kernel(
         shrink = tl.exp2(m - m_new)
         m = m_new
         l = l * shrink + tl.sum(p, 1)
-        v = _rows(v_ptr + k_off, key, S, stride, D, KEYS)
+        v = load_rows(v_ptr + k_off, key, S, stride, D, KEYS)
         o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=DOT)
         # p dv and (p ds) v are only ever added: one accumulator for both leaves room for blocks of 128 rows
         if do_ptr is not None:
             do = do * shrink[:, None]
         if dv_ptr is not None:
-            dv = _rows(dv_ptr + k_off, key, S, stride, D, KEYS)
+            dv = load_rows(dv_ptr + k_off, key, S, stride, D, KEYS)
             do = tl.dot(p.to(v.dtype), dv, do, input_precision=DOT)
         if dq_ptr is not None or dk_ptr is not None:
             # absent keys were loaded as zeros: ds is 0 where p is, never infinite
@@ -129,17 +113,17 @@ def forward_kernel(
             if dq_ptr is not None:
                 ds = tl.dot(dq, k.T, ds, input_precision=DOT)
             if dk_ptr is not None:
-                dk = _rows(dk_ptr + k_off, key, S, stride, D, KEYS)
+                dk = load_rows(dk_ptr + k_off, key, S, stride, D, KEYS)
                 ds = tl.dot(q, dk.T, ds, input_precision=DOT)
             h = p * (ds * scale)
             r = r * shrink + tl.sum(h, 1)
             do = tl.dot(h.to(v.dtype), v, do, input_precision=DOT)
     o = o / l[:, None]
-    _store_rows(o_ptr + q_off, o, first, L, stride, D, ROWS)
+    store_rows(o_ptr + q_off, o, first, L, stride, D, ROWS)
     row = first + tl.arange(0, ROWS)
     tl.store(lse_ptr + head * L + row, (m + tl.log2(l)) * LN2, mask=row < L)
     if do_ptr is not None:
-        _store_rows(do_ptr + q_off, do / l[:, None] - (r / l)[:, None] * o, first, L, stride, D, ROWS)
+        store_rows(do_ptr + q_off, do / l[:, None] - (r / l)[:, None] * o, first, L, stride, D, ROWS)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -153,14 +137,14 @@ def key_grad_kernel(
     stride = N * D
     q_off = (head // N * L * N + head % N) * D
     k_off = (head // N * S * N + head % N) * D
-    k = _rows(k_ptr + k_off, first, S, stride, D, KEYS)
-    v = _rows(v_ptr + k_off, first, S, stride, D, KEYS)
+    k = load_rows(k_ptr + k_off, first, S, stride, D, KEYS)
+    v = load_rows(v_ptr + k_off, first, S, stride, D, KEYS)
     gk = tl.zeros([KEYS, D], tl.float32)
     gv = tl.zeros([KEYS, D], tl.float32)
     for start in range(0, L, ROWS):
         # rows below the end are zero in q, g, lse and delta, and so add nothing; keys past it are not stored
-        q = _rows(q_ptr + q_off, start, L, stride, D, ROWS)
-        g = _rows(g_ptr + q_off, start, L, stride, D, ROWS)
+        q = load_rows(q_ptr + q_off, start, L, stride, D, ROWS)
+        g = load_rows(g_ptr + q_off, start, L, stride, D, ROWS)
         row = start + tl.arange(0, ROWS)
         lse = tl.load(lse_ptr + head * L + row, mask=row < L, other=0.0)
         delta = tl.load(delta_ptr + head * L + row, mask=row < L, other=0.0)
@@ -169,8 +153,8 @@ def key_grad_kernel(
         gv = tl.dot(p.to(g.dtype), g, gv, input_precision=DOT)
         ds = p * (tl.dot(v, g.T, input_precision=DOT) - delta[None, :])
         gk = tl.dot(ds.to(q.dtype), q, gk, input_precision=DOT)
-    _store_rows(gk_ptr + k_off, gk * scale, first, S, stride, D, KEYS)
-    _store_rows(gv_ptr + k_off, gv, first, S, stride, D, KEYS)
+    store_rows(gk_ptr + k_off, gk * scale, first, S, stride, D, KEYS)
+    store_rows(gv_ptr + k_off, gv, first, S, stride, D, KEYS)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -184,22 +168,22 @@ def query_grad_kernel(
     stride = N * D
     q_off = (head // N * L * N + head % N) * D
     k_off = (head // N * S * N + head % N) * D
-    q = _rows(q_ptr + q_off, first, L, stride, D, ROWS)
-    g = _rows(g_ptr + q_off, first, L, stride, D, ROWS)
+    q = load_rows(q_ptr + q_off, first, L, stride, D, ROWS)
+    g = load_rows(g_ptr + q_off, first, L, stride, D, ROWS)
     row = first + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + head * L + row, mask=row < L, other=0.0)
     delta = tl.load(delta_ptr + head * L + row, mask=row < L, other=0.0)
     gq = tl.zeros([ROWS, D], tl.float32)
     for key in range(0, S, KEYS):
-        k = _rows(k_ptr + k_off, key, S, stride, D, KEYS)
-        v = _rows(v_ptr + k_off, key, S, stride, D, KEYS)
+        k = load_rows(k_ptr + k_off, key, S, stride, D, KEYS)
+        v = load_rows(v_ptr + k_off, key, S, stride, D, KEYS)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]
         # without the mask exp2(-lse) of an absent key may be infinite, and infinity times its zero is NaN
         s = tl.where((key + tl.arange(0, KEYS) < S)[None, :], s, -float("inf"))
         p = tl.exp2(s * (scale * LOG2E) - lse[:, None] * LOG2E)
         ds = p * (tl.dot(g, v.T, input_precision=DOT) - delta[:, None])
         gq = tl.dot(ds.to(k.dtype), k, gq, input_precision=DOT)
-    _store_rows(gq_ptr + q_off, gq * scale, first, L, stride, D, ROWS)
+    store_rows(gq_ptr + q_off, gq * scale, first, L, stride, D, ROWS)
 
 
 def attention(
@@ -207,7 +191,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The twin of kernels.reference.attention, in q's dtype; lse in fp32."""
     _check(q, k, v)
-    tensors = [_tokens_first(x) for x in (q, k, v, dq, dk, dv)]
+    tensors = [None if x is None else tokens_first(x) for x in (q, k, v, dq, dk, dv)]
     o, lse, do = run(tensors, form(tensors))
     return o.transpose(1, 2), lse, None if do is None else do.transpose(1, 2)
 
@@ -254,7 +238,7 @@ def attention_backward(
     """The twin of kernels.reference.attention_backward, in q's dtype."""
     (B, N, L, D), S = q.shape, k.shape[2]
     delta = (grad.float() * o.float()).sum(-1).contiguous()
-    q, k, v, g = (_tokens_first(x) for x in (q, k, v, grad))
+    q, k, v, g = (tokens_first(x) for x in (q, k, v, grad))
     gq, gk, gv = (torch.empty_like(x) for x in (q, k, v))
     tile = tile_for("backward", q.dtype, _shared_bytes(q.device))
     launch = options(tile, D, q.dtype)
@@ -278,11 +262,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"got q in {q.dtype}, k in {k.dtype}, v in {v.dtype}; wanted one dtype")
-
-
-def _tokens_first(x: Tensor | None) -> Tensor | None:
-    """(B, N, L, D) -> contiguous (B, L, N, D): no copy for what the model's projections give."""
-    return None if x is None else x.transpose(1, 2).contiguous()
 
 
 def _shared_bytes(device: torch.device) -> int:
