@@ -1,6 +1,7 @@
 """The Triton kernels of the block map: on a GPU, or in the interpreter by test_sla_parts.py."""
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,18 +10,18 @@ import torch
 from torch import Tensor
 
 from kernels import block_map_triton, reference
-from kernels.block_map import block_map
+from kernels.block_map import _sound, block_map
 from kernels.selftest import poisoned
+from tests.kernels.judging import DEVICE, GPU
 
 pytestmark = pytest.mark.gpu
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # queries, keys, block of queries, block of keys, width: one token, about a block, several and a tail
 SMALL = [(1, 1, 64, 64, 64), (63, 64, 64, 64, 64), (64, 65, 64, 64, 64), (65, 63, 64, 64, 64)]
 SMALL += [(300, 300, 128, 64, 64), (300, 300, 64, 128, 32), (40, 300, 16, 16, 16), (5, 60, 3, 1, 128)]
 LARGE = [(32760, 32760, 64, 64, 128), (32760, 32760, 64, 128, 128), (1000, 75600, 128, 64, 128)] * GPU
+CASES = [(*sizes, BF16) for sizes in SMALL + LARGE] + [(*SMALL[4], dtype) for dtype in (FP16, FP32)]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +39,7 @@ def block_means(x: Tensor, size: int) -> Tensor:
     return torch.stack([part.mean(-2) for part in x.double().split(size, dim=-2)], dim=-2)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize(("rows", "keys", "block_q", "block_k", "width"), SMALL + LARGE)
+@pytest.mark.parametrize(("rows", "keys", "block_q", "block_k", "width", "dtype"), CASES)
 def test_what_is_kept_scores_no_less_than_what_is_not(
     rows: int, keys: int, block_q: int, block_k: int, width: int, dtype: torch.dtype
 ) -> None:
@@ -115,3 +115,9 @@ def test_the_twin_takes_what_the_kernels_cannot(width: int, dtype: torch.dtype) 
     assert torch.equal(block_map(q, k, **options), reference.block_map(q, k, **options))
     q, k = q[..., :16].float(), k[..., :16].float()
     assert torch.equal(block_map(q, k, **options), block_map_triton.block_map(q, k, **options))
+
+
+def test_the_trial_of_a_machine_accepts_them() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a form that was passed over
+        assert _sound(torch.device(DEVICE), BF16, 32) is block_map_triton.block_map

@@ -1,5 +1,6 @@
 """The Triton kernels of the linear branch: on a GPU, or in the interpreter by test_sla_parts.py."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,17 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kernels.linear_attention import fused, linear_attention, plain
+from kernels.linear_attention import _sound, fused, linear_attention, plain
 from kernels.reference import FEATURE_MAPS, LINEAR_EPS
 from kernels.selftest import poisoned
+from tests.kernels.judging import DEVICE, GPU, ROUNDINGS
 
 pytestmark = pytest.mark.gpu
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
-# forgiven in any case: in fp32 a GPU's exponentials take part, good to two roundings each
-ROUNDINGS = {BF16: 1, FP32: 4}
 # queries, keys, width: one token, about two tiles, several parts
 SMALL = [(1, 1, 64), (63, 64, 64), (65, 63, 64), (64, 300, 64), (300, 1, 64), (33, 65, 128)]
 LARGE = [(1000, 515, 128), (200, 32760, 128), (32760, 200, 128)] * GPU
@@ -103,7 +101,7 @@ def test_what_is_added_may_be_absent_or_wider() -> None:
 
 
 def test_the_same_bits_every_time_and_in_every_layout() -> None:
-    tensors = draw((65, 300, 64), BF16)
+    tensors = draw((65, 70, 64), BF16)
     wanted = differentiate(fused, tensors, "elu")
     again = differentiate(fused, tensors, "elu")
     packed = differentiate(fused, [x.contiguous() for x in tensors], "elu")
@@ -144,3 +142,10 @@ def test_the_kernels_take_the_rest() -> None:
     q, k, v, weight, bias, add, _ = draw((10, 20, 64), BF16)
     got = linear_attention(q, k, v, "softmax", weight, bias, add)
     assert torch.equal(got, fused(q, k, v, weight, bias, add, "softmax"))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_the_trial_of_a_machine_accepts_them(feature_map: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a form that was passed over
+        assert _sound(torch.device(DEVICE), BF16, 64, feature_map) is fused
