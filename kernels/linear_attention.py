@@ -108,20 +108,22 @@ def _implementation(
 @cache
 def _sound(device: torch.device, dtype: torch.dtype, width: int, feature_map: str) -> Callable[..., Tensor]:
     """What to run on that GPU: outputs and gradients are compared with the twin's in fp64."""
-    generator = torch.Generator(device).manual_seed(0)
-    # a ragged length, of several tiles
-    sizes = [(2, 2, 300, width)] * 3 + [(width, width), (width,)] + [(2, 2, 300, width)] * 2
-    *inputs, grad = (torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes)
 
-    def differentiate(form: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    def differentiate(form: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
         out = form(*leaves, feature_map)
-        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+        return [out, *torch.autograd.grad(out, leaves, grad)]
 
     def check(form: Callable[..., Tensor]) -> float:
+        generator = torch.Generator(device).manual_seed(0)
+        # a ragged length, of several tiles
+        sizes = [(2, 2, 300, width)] * 3 + [(width, width), (width,)] + [(2, 2, 300, width)] * 2
+        drawn = (torch.randn(size, generator=generator, device=device) for size in sizes)
+        *inputs, grad = (x.to(dtype) for x in drawn)
         with poisoned():
-            got = differentiate(form, dtype)
+            got = differentiate(form, inputs, grad)
+        truth = differentiate(plain, [x.double() for x in inputs], grad.double())
         # a few roundings of bf16, or of TF32 where a user lets fp32 be that; one wrong token is off by more
-        return error_share(got, differentiate(plain, torch.float64), 0.016)
+        return error_share(got, truth, 0.016)
 
     return first_sound("linear attention", {"Triton": fused, "PyTorch": plain}, check)

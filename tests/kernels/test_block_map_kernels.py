@@ -118,6 +118,6 @@ def test_the_twin_takes_what_the_kernels_cannot(width: int, dtype: torch.dtype) 
 
 
 def test_the_trial_of_a_machine_accepts_them() -> None:
-    with warnings.catch_warnings():
+    with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error")  # of a form that was passed over
-        assert _sound(torch.device(DEVICE), BF16, 32) is block_map_triton.block_map
+        assert _sound.__wrapped__(torch.device(DEVICE), BF16, 32) is block_map_triton.block_map
