@@ -180,13 +180,13 @@ def test_dual_numbers_and_the_graph_beside_them(given: str) -> None:
             for x, t in zip((leaf, *primals[1:]), tangents, strict=True)
         ]
         o, do = forward_ad.unpack_dual(attend(*duals))
-    # fp32 sums in another order
-    assert error(o, truth[0]) < 1e-6
-    assert error(do, truth[1]) < 1e-6
+    # fp32 sums in another order, and exponentials of a GPU, good to two roundings
+    assert error(o, truth[0]) < 1e-5
+    assert error(do, truth[1]) < 1e-5
     (grad,) = torch.autograd.grad(o.square().sum(), leaf)
     wide = widen(primals)
     (wanted,) = torch.autograd.grad(twin(blocks)(wide[0].requires_grad_(), *wide[1:]).square().sum(), wide[0])
-    assert error(grad, wanted) < 1e-6
+    assert error(grad, wanted) < 1e-5
 
 
 def test_other_layouts_and_sizes() -> None:
@@ -194,12 +194,12 @@ def test_other_layouts_and_sizes() -> None:
     # every second row of a wider tensor: neither packed nor tokens first
     primals[0] = torch.randn(2, 2, 80, 64, device=DEVICE)[:, :, ::2, 32:]
     o = sparse_attention(*primals, blocks.index, block_q=32, block_k=32)
-    # fp32 sums in another order
-    assert error(o, twin(blocks)(*widen(primals))) < 1e-6
+    # fp32 sums in another order, and exponentials of a GPU, good to two roundings
+    assert error(o, twin(blocks)(*widen(primals))) < 1e-5
     # what the kernels do not take, the twin does
     primals, _, blocks = draw(Case(40, 70, 24, 48, 16), FP32)
     o = sparse_attention(*primals, blocks.index, block_q=48, block_k=16)
-    assert error(o, twin(blocks)(*widen(primals))) < 1e-6
+    assert error(o, twin(blocks)(*widen(primals))) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", [(3, 4, 2), (7, 5, 5), (1, 1, 1)])
@@ -267,12 +267,15 @@ def test_eight_bits_of_one_tile_equal_their_twin(fp8: bool) -> None:
 
 def test_quantised_numbers_are_the_nearest() -> None:
     (q, k, v), _, blocks = draw(Case(70, 90, 32, 64, 32), BF16)
+    k = k + 20  # a mean larger than what is left
     x = int8.quantise(q, k, v, blocks, fp8=True)
+    # every block uses all of int8's range, the last and shorter one too
+    for numbers, size in ((x.q, 64), (x.k, 32)):
+        assert all((part.abs().amax((1, 3)) == 127).all() for part in numbers.split(size, dim=1))
     steps = x.k_step.repeat_interleave(32, 2)[:, :, :90, None]
     wanted = k.double() - k.double().mean(2, keepdim=True)
     # half a step, and fp32 roundings of a mean of 90 numbers
     assert ((x.k.transpose(1, 2) * steps.double() - wanted).abs() <= 0.5001 * steps).all()
-    assert x.q.abs().amax((1, 3)).max() == 127
     steps = x.q_step.repeat_interleave(64, 2)[:, :, :70, None]
     assert ((x.q.transpose(1, 2) * steps.double() - q).abs() <= 0.5001 * steps).all()
     values = x.v.to(torch.float64).mT
