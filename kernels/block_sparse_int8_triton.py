@@ -31,16 +31,15 @@ class Eight(NamedTuple):
     fp8: bool
 
 
-HOPPER = Form(64, 64, 4, 2, tma=True, registers=128)
+HOPPER = Form(64, 64, 4, 1, tma=True, registers=128)
 PORTABLE = Form(128, 64, 8, 2)
 
 
 def forms_for(capability: int) -> list[Eight]:
     """What runs on a GPU of that capability, 90 for 9.0; best first."""
-    forms = [Eight(HOPPER, True)] if capability == 90 else []
-    if capability >= 89:
-        forms.append(Eight(PORTABLE, True))
-    return [*forms, Eight(PORTABLE, False)]
+    # the portable form would be slower on Hopper than attention in bf16
+    form = HOPPER if capability == 90 else PORTABLE
+    return [Eight(form, fp8) for fp8 in (True, False) if capability >= 89 or not fp8]
 
 
 @triton.jit(do_not_specialize=("L", "N"))
@@ -94,7 +93,7 @@ def _load_columns(x, first, P, D: tl.constexpr, KEYS: tl.constexpr, TMA: tl.cons
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, o_ptr, list_ptr, kept, scale, L, S, N, P,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TMA: tl.constexpr, SPECIALISE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """o of a tile of rows; v_step_ptr is given with e4m3 values."""
     first = tl.program_id(0) * ROWS
@@ -116,7 +115,7 @@ def attention_kernel(
     m = tl.full([ROWS], -float("inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, D], tl.float32)
-    for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
+    for tile in range(0, kept * (BLOCK_K // KEYS)):
         key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         # 127 * 127 * D is below 2^22; converting integers is as slow as exponentials

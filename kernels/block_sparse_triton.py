@@ -32,9 +32,7 @@ LENGTHS = ("L", "S", "N", "kept")
 class Form(NamedTuple):
     """How a kernel is laid out: query rows and keys of a tile, warps, stages of the load pipeline.
 
-    A tile never exceeds a block.  tma: loads and stores by descriptors.  specialise: a warp group that loads
-    and two that multiply; Triton takes it for 128 rows and 4 warps, and in the loop no `if` and one tile.
-    registers: the most of a thread.
+    A tile never exceeds a block.  tma: loads and stores by descriptors.  registers: the most of a thread.
     """
 
     rows: int
@@ -42,18 +40,14 @@ class Form(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
-    specialise: bool = False
     registers: int | None = None
 
 
 # In 16 bits, made for D = 128, best first; tests/kernels/test_block_sparse_compile.py holds them to limits.
-# More than two stages beside specialisation have been seen to race.
+# None has tl.range's warp_specialize: Triton 3.6 makes races of it, rarely enough to pass any small trial.
 HOPPER = {
     # four programs a multiprocessor, whose products run under each other's exponentials
-    "forward": (
-        Form(128, 128, 4, 2, tma=True, specialise=True),
-        Form(64, 64, 4, 1, tma=True, registers=128),
-    ),
+    "forward": (Form(64, 64, 4, 1, tma=True, registers=128),),
     "tangent": (Form(128, 64, 8, 2, tma=True), Form(64, 32, 4, 2, tma=True)),
     "queries": (Form(64, 64, 4, 2, tma=True),),
     "keys": (Form(64, 64, 4, 2, tma=True),),
@@ -90,7 +84,6 @@ def options(
         "KEYS": min(form.keys, block_k),
         "DOT": "ieee" if dtype == torch.float32 else "tf32",
         "TMA": form.tma,
-        "SPECIALISE": form.specialise,
         "num_warps": form.warps,
         "num_stages": form.stages,
         "maxnreg": form.registers,
@@ -108,7 +101,7 @@ def first_key(list_ptr, tile, BLOCK_K: tl.constexpr, KEYS: tl.constexpr):
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, list_ptr, kept, scale, L, S, N,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DOT: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
+    DOT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """o and the log-sum-exp of a tile of rows."""
     first = tl.program_id(0) * ROWS
@@ -125,7 +118,7 @@ def forward_kernel(
     m = tl.full([ROWS], -float("inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, D], tl.float32)
-    for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
+    for tile in range(0, kept * (BLOCK_K // KEYS)):
         key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]
@@ -147,7 +140,7 @@ def forward_kernel(
 def tangent_kernel(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, lse_ptr, list_ptr, kept, scale, L, S, N,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DOT: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
+    DOT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The same with the tangent do of o along dq, dk and dv."""
     first = tl.program_id(0) * ROWS
@@ -167,7 +160,7 @@ def tangent_kernel(
     r = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, D], tl.float32)
     do = tl.zeros([ROWS, D], tl.float32)
-    for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
+    for tile in range(0, kept * (BLOCK_K // KEYS)):
         key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         s = tl.dot(q, k.T, input_precision=DOT)  # [ROWS, KEYS]
@@ -200,7 +193,7 @@ def tangent_kernel(
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, g_ptr, lse_ptr, delta_ptr, gq_ptr, list_ptr, kept, scale, L, S, N,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DOT: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
+    DOT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries from g, the gradient of o, and delta = rowsum(g * o) for the keys'."""
     first = tl.program_id(0) * ROWS
@@ -219,7 +212,7 @@ def query_grad_kernel(
     q = load_rows(q_ptr + q_off, first, L, stride, D, ROWS)
     lse = tl.load(lse_ptr + head * L + row, mask=row < L, other=0.0)
     gq = tl.zeros([ROWS, D], tl.float32)
-    for tile in tl.range(0, kept * (BLOCK_K // KEYS), warp_specialize=SPECIALISE):
+    for tile in range(0, kept * (BLOCK_K // KEYS)):
         key = first_key(list_ptr, tile, BLOCK_K, KEYS)
         k = load_tile(k_rows, key, S, stride, D, KEYS, TMA)
         v = load_tile(v_rows, key, S, stride, D, KEYS, TMA)
@@ -236,7 +229,7 @@ def query_grad_kernel(
 def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, gk_ptr, gv_ptr, list_ptr, starts_ptr, scale, L, S, N,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DOT: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
+    DOT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, by the transposed list."""
     first = tl.program_id(0) * KEYS
@@ -253,7 +246,7 @@ def key_grad_kernel(
     TILES: tl.constexpr = BLOCK_Q // ROWS
     starts_ptr += head * tl.cdiv(S, BLOCK_K) + first // BLOCK_K
     end = tl.load(starts_ptr + 1) * TILES
-    for tile in tl.range(tl.load(starts_ptr) * TILES, end, warp_specialize=SPECIALISE):
+    for tile in range(tl.load(starts_ptr) * TILES, end):
         start = tl.load(list_ptr + tile // TILES) * BLOCK_Q + tile % TILES * ROWS
         # rows below the end are zero in q, g, lse and delta, and so add nothing; keys past it are not stored
         q = load_tile(q_rows, start, L, stride, D, ROWS, TMA)

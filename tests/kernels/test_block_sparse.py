@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kernels import reference
-from kernels.block_sparse import sparse_attention
-from kernels.block_sparse_int8 import sparse_attention_int8
+from kernels.block_sparse import BLOCKS, HEAD_WIDTHS, Trial, sparse_attention
+from kernels.block_sparse_int8 import ALLOWED, sparse_attention_int8
 from tests.kernels.judging import error
 from tests.kernels.processes import interpret, interpreted, run
 
@@ -95,6 +95,21 @@ def test_e4m3_numbers_cost_their_rounding_and_no_bias() -> None:
     assert 0.01 < error(got, exact) < 2**0.5 * 2**-4 / 3**0.5
     # rounding up is as likely as down: over 44,800 outputs little is left of it
     assert abs((got * exact).sum() / exact.square().sum() - 1) < 2e-3
+
+
+@pytest.mark.parametrize("numbers", ALLOWED)
+@pytest.mark.parametrize("size", BLOCKS)
+def test_what_a_trial_allows_is_the_twins_error_and_a_half(
+    size: int, numbers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trial, "HEADS", 2)
+    for width in HEAD_WIDTHS:
+        trial = Trial(torch.device("cpu"), torch.bfloat16, width, size, size)
+        given = (trial.q, trial.k, trial.v, trial.index)
+        got = reference.sparse_attention_int8(*given, block_q=size, block_k=size, fp8=numbers == "e4m3")
+        (truth,) = trial.truth()["forward"]
+        # a half more than the largest, and twice the smallest: a block's largest number grows with its size
+        assert ALLOWED[numbers] / 2 < error(got, truth) < ALLOWED[numbers] / 1.4
 
 
 def test_eight_bits_of_zeros_are_zeros() -> None:

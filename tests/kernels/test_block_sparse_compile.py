@@ -22,7 +22,7 @@ TYPES = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("list_
 TYPES["scale"] = "fp32"
 INT8_TYPES = TYPES | {"q_ptr": "*i8", "k_ptr": "*i8", "o_ptr": "*bf16"}
 INT8_TYPES |= dict.fromkeys(("q_step_ptr", "k_step_ptr"), "*fp32")
-# both choices of forms, at the width they are made for
+# all choices of forms, at the width they are made for
 BLOCKS = [(64, 64), (128, 128)]
 # Hopper's own matrix instructions, and the tensor cores of the others
 PRODUCTS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 120: "mma.sync"}
@@ -45,9 +45,7 @@ def compile_int8(eight: int8.Eight, capability: int, blocks: tuple[int, int]) ->
 
 
 def fits(kernel: CompiledKernel, form: sparse.Form, capability: int) -> bool:
-    # warp specialisation may vanish without a word: a group that loads, and two that multiply
-    warps = 12 if form.specialise else form.warps
-    in_place = kernel.metadata.shared <= SHARED_BYTES[capability] and kernel.metadata.num_warps == warps
+    in_place = kernel.metadata.shared <= SHARED_BYTES[capability] and kernel.metadata.num_warps == form.warps
     return in_place and PRODUCTS[capability] in kernel.asm["ptx"] and bool(kernel.asm["cubin"])
 
 
@@ -57,12 +55,6 @@ def fits(kernel: CompiledKernel, form: sparse.Form, capability: int) -> bool:
 def test_forms_fit_their_gpu(kind: str, capability: int, blocks: tuple[int, int]) -> None:
     for form in sparse.forms_for(kind, BF16, capability, *blocks):
         assert fits(compile_sparse(kind, form, capability, blocks), form, capability)
-
-
-def test_large_blocks_are_specialised_on_hopper() -> None:
-    assert sparse.forms_for("forward", BF16, 90, 128, 128)[0].specialise
-    # two groups of 64 rows: no other height
-    assert not sparse.forms_for("forward", BF16, 90, 64, 128)[0].specialise
 
 
 def test_four_programs_share_a_hopper_multiprocessor() -> None:
