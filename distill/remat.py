@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from turbodiffusion.attention import SPARSE_OPERATOR
 from turbodiffusion.errors import UserError
 
 aten = torch.ops.aten
-# every kernel behind scaled_dot_product_attention
+# every kernel behind scaled_dot_product_attention, and ours of sparse attention: its twin on a CPU runs again
 ATTENTION = [
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
+    SPARSE_OPERATOR,
 ]
 # of torch.utils.checkpoint
 SETTINGS = {

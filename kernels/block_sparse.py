@@ -48,6 +48,15 @@ def sparse_attention(
     return _SparseAttention.apply(q, k, v, *tangents, block_index, block_q, block_k)[0]
 
 
+@torch.library.custom_op("turbodiffusion::sparse_attention", mutates_args=())
+def sparse_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor]:
+    """o and lse by the kernels; an operator of PyTorch's, so that checkpointing can keep its results."""
+    kernels, form = _kernels(), _form("forward", q, block_q, block_k)
+    return kernels.attention(q, k, v, kernels.Blocks(block_index, block_q, block_k), form)
+
+
 class _SparseAttention(torch.autograd.Function):
     """The tangents are plain inputs, so that one kernel sees them beside the primals."""
 
@@ -63,12 +72,10 @@ class _SparseAttention(torch.autograd.Function):
         block_q: int,
         block_k: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        kernels = _kernels()
-        blocks = kernels.Blocks(block_index, block_q, block_k)
         if dq is None:
-            return *kernels.attention(q, k, v, blocks, _form("forward", q, block_q, block_k)), None
-        form = _form("tangent", q, block_q, block_k)
-        return kernels.tangent((q, k, v), (dq, dk, dv), blocks, form)
+            return *sparse_forward(q, k, v, block_index, block_q, block_k), None
+        kernels, form = _kernels(), _form("tangent", q, block_q, block_k)
+        return kernels.tangent((q, k, v), (dq, dk, dv), kernels.Blocks(block_index, block_q, block_k), form)
 
     @staticmethod
     def setup_context(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from turbodiffusion.attention import DENSE, Attention, SparseLinearAttention, chosen
+from turbodiffusion.attention import DENSE, Attention, SparseLinearAttention, chosen, fastest, trained
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 
@@ -20,6 +20,7 @@ SIZES = {"dim": 32, "ffn_dim": 48, "heads": 2, "layers": 2, "text_dim": 12, "tex
         (SLA | {"block_q": 128}, {}, SLA | {"block_q": 128}),
         (SLA | {"block_q": 128}, {"ratio": 0.15}, SLA | {"block_q": 128, "ratio": 0.15}),
         (SLA | {"feature_map": "elu"}, {"name": "sla"}, SLA | {"feature_map": "elu"}),
+        (SLA | {"block_q": 128}, {"name": "sla_int8"}, SLA | {"name": "sla_int8", "block_q": 128}),
     ],
 )
 def test_what_is_not_asked_is_carried_or_the_default(
@@ -31,7 +32,7 @@ def test_what_is_not_asked_is_carried_or_the_default(
 @pytest.mark.parametrize(
     ("carried", "asked", "said"),
     [
-        (DENSE, {"name": "foo"}, "attention=foo: choose dense or sla"),
+        (DENSE, {"name": "foo"}, "attention=foo: choose dense or sla or sla_int8"),
         (
             DENSE,
             {"ratio": 0.2, "block_k": 8},
@@ -49,6 +50,19 @@ def test_what_is_no_attention_is_refused(carried: Attention, asked: Attention, s
 
 def test_a_linear_branch_is_lost_only_when_told() -> None:
     assert chosen(SLA, DENSE, drop_linear=True) == DENSE
+
+
+def test_the_fastest_attention_of_a_cpu_is_what_was_trained() -> None:
+    for attention in (DENSE, SLA):
+        assert fastest(attention, 128, torch.device("cpu"), torch.bfloat16) == attention
+    assert fastest(SLA | {"name": "sla_int8"}, 128, torch.device("cpu"), torch.bfloat16) == SLA
+
+
+@pytest.mark.gpu
+def test_the_fastest_attention_of_a_gpu_is_in_8_bits() -> None:
+    for dtype, name in ((torch.bfloat16, "sla_int8"), (torch.float32, "sla")):
+        assert fastest(SLA, 128, torch.device("cuda"), dtype) == SLA | {"name": name}
+    assert fastest(DENSE, 128, torch.device("cuda"), torch.bfloat16) == DENSE
 
 
 def network() -> WanModel:
@@ -74,6 +88,22 @@ def test_a_network_changes_its_attention_and_back() -> None:
     model.set_attention(DENSE, drop_linear=True)
     assert torch.equal(model(*given), dense)
     assert model.state_dict().keys() == network().state_dict().keys()
+
+
+def test_eight_bits_are_a_way_to_run_sla_and_not_to_train_it() -> None:
+    model = network()
+    given = torch.randn(2, 16, 3, 6, 10), torch.tensor([987.0, 251.0]), torch.randn(2, 8, 12)
+    outputs = {}
+    for name in ("sla", "sla_int8"):
+        model.set_attention({"name": name, "ratio": 0.3, "block_q": 16, "block_k": 8})
+        with torch.no_grad():
+            outputs[name] = model(*given)
+    with pytest.raises(UserError, match="train with sla"):
+        model(*given)
+    off = (outputs["sla_int8"] - outputs["sla"]).norm() / outputs["sla"].norm()
+    # numbers of seven bits, in the weights of two attentions among six residual branches
+    assert 1e-5 < off < 0.02
+    assert trained(model.config["attention"]) == model.config["attention"] | {"name": "sla"}
 
 
 def test_a_linear_branch_is_kept_in_the_networks_dtype() -> None:

@@ -222,6 +222,10 @@ def test_attention_travels_with_our_files_and_older_ones_are_dense(
     assert loaded.network.config == network.config
     assert loaded.network.blocks[1].self_attn.core.config == network.blocks[1].self_attn.core.config
     assert loaded.variant.name == variant
+    # how it was run is not what it is
+    network.set_attention({"name": "sla_int8"})
+    save(path, network, variant=variant)
+    assert load(path).network.config == loaded.network.config
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from distill.jvp import jvp
 from distill.remat import MODES, rematerialize
+from turbodiffusion.attention import DENSE, Attention
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 
 RECOMPUTING = [mode for mode in MODES if mode != "none"]
 
 
-def build(mode: str) -> WanModel:
+SLA = {"name": "sla", "ratio": 0.3, "block_q": 8, "block_k": 8}
+
+
+def build(mode: str, attention: Attention = DENSE) -> WanModel:
     torch.manual_seed(0)
     model = WanModel(
         dim=64, ffn_dim=80, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=12, text_length=6,
-        freq_dim=16,
+        freq_dim=16, attention=attention,
     )  # fmt: skip
     # a zero head would hide every gradient but its own
     torch.nn.init.normal_(model.head.head.weight)
@@ -55,9 +59,10 @@ def kept_bytes(model: WanModel, *, grad: bool) -> int:
     return sum(event.self_cpu_memory_usage for event in seen.events())
 
 
+@pytest.mark.parametrize("attention", [DENSE, SLA], ids=["dense", "sla"])
 @pytest.mark.parametrize("mode", RECOMPUTING)
-def test_gradients_are_the_same_to_the_bit(mode: str) -> None:
-    assert same(gradients(build(mode)), gradients(build("none")))
+def test_gradients_are_the_same_to_the_bit(mode: str, attention: Attention) -> None:
+    assert same(gradients(build(mode, attention)), gradients(build("none", attention)))
 
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
@@ -96,15 +101,16 @@ def test_names_stay_and_none_takes_it_back() -> None:
     assert kept_bytes(model, grad=True) == kept_bytes(plain, grad=True)
 
 
+@pytest.mark.parametrize("attention", [DENSE, SLA], ids=["dense", "sla"])
 @pytest.mark.parametrize("mode", RECOMPUTING)
-def test_it_composes_with_compile(mode: str) -> None:
-    model = build(mode)
+def test_it_composes_with_compile(mode: str, attention: Attention) -> None:
+    model = build(mode, attention)
     for unit in model.shard_units():
         unit.compile(backend="aot_eager")
-    for got, wanted in zip(gradients(model), gradients(build("none")), strict=True):
+    for got, wanted in zip(gradients(model), gradients(build("none", attention)), strict=True):
         # the compiler decomposes a few operations: fp32 rounding, of sums over 72 tokens
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
-    assert kept_bytes(model, grad=True) < 0.5 * kept_bytes(build("none"), grad=True)
+    assert kept_bytes(model, grad=True) < 0.5 * kept_bytes(build("none", attention), grad=True)
 
 
 def test_an_unknown_mode_is_refused() -> None:

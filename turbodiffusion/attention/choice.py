@@ -1,14 +1,17 @@
 """Which core self-attention has: its name and the core's options, as they travel in a network's config."""
 
+import torch
 from torch import nn
 
+from kernels.block_sparse_int8 import is_sound
 from turbodiffusion.attention.dense import DenseAttention
 from turbodiffusion.attention.sparse_linear import SparseLinearAttention
 from turbodiffusion.errors import UserError
 
 Attention = dict[str, str | int | float]  # a name of NAMES, and the options of that core
 
-NAMES = ("dense", "sla")
+# sla_int8 is sla, computed in 8 bits: a way to run a network, not to train one
+NAMES = ("dense", "sla", "sla_int8")
 DENSE: Attention = {"name": "dense"}
 
 
@@ -38,7 +41,22 @@ def chosen(carried: Attention, asked: Attention, *, drop_linear: bool = False) -
 def make_core(attention: Attention, head_dim: int) -> nn.Module:
     """The core of an attention that was chosen."""
     options = {option: value for option, value in attention.items() if option != "name"}
-    return SparseLinearAttention(head_dim, **options) if attention["name"] == "sla" else DenseAttention()
+    if attention["name"] == "dense":
+        return DenseAttention()
+    return SparseLinearAttention(head_dim, **options, int8=attention["name"] == "sla_int8")
+
+
+def fastest(attention: Attention, head_dim: int, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The same by 8-bit kernels where these run on the device and are right."""
+    if attention["name"] == "dense":
+        return attention
+    blocks = attention["block_q"], attention["block_k"]
+    return attention | {"name": "sla_int8" if is_sound(device, dtype, head_dim, *blocks) else "sla"}
+
+
+def trained(attention: Attention) -> Attention:
+    """What a checkpoint says: the attention that was trained, however it is computed now."""
+    return attention if attention["name"] == "dense" else attention | {"name": "sla"}
 
 
 def spoken(attention: Attention) -> str:

@@ -1,23 +1,17 @@
 """Sparse-linear attention (SLA, arXiv:2509.24006): exact where it matters most, linear over everything."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.reference import FEATURE_MAPS, block_map, linear_attention, sparse_attention
+from kernels.block_map import block_map
+from kernels.block_sparse import sparse_attention
+from kernels.block_sparse_int8 import are_differentiated, sparse_attention_int8
+from kernels.linear_attention import linear_attention
+from kernels.reference import FEATURE_MAPS
 from turbodiffusion.errors import UserError
 
-
-class ZeroLinear(nn.Module):
-    """x W^T + b, zero at first.  Not an nn.Linear: a network initialises, and quantises, those of its own."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(dim, dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+# behind sparse_attention where its kernels run without a tangent
+SPARSE_OPERATOR = torch.ops.turbodiffusion.sparse_attention.default
 
 
 class SparseLinearAttention(nn.Module):
@@ -25,8 +19,9 @@ class SparseLinearAttention(nn.Module):
 
     q (B, N, L, D), k and v (B, N, S, D), one dtype -> (B, N, L, D); inputs may carry forward-mode tangents.
     For each block of queries the share `ratio` of the key blocks, at least one, is kept; the choice itself is
-    not differentiated.  Untrained, the projection is zero and only the sparse part comes out.  Raises
-    UserError for arguments that mean nothing; `config` holds them, but for head_dim.
+    not differentiated.  Untrained, the projection is zero and only the sparse part comes out.  int8: the
+    softmax attention in 8 bits, which have no derivatives.  Raises UserError for arguments that mean nothing;
+    `config` holds those that were trained with, so neither head_dim nor int8.
     """
 
     def __init__(
@@ -37,6 +32,7 @@ class SparseLinearAttention(nn.Module):
         block_q: int = 64,
         block_k: int = 64,
         feature_map: str = "softmax",
+        int8: bool = False,
     ):
         super().__init__()
         if not 0 < ratio <= 1:
@@ -51,14 +47,27 @@ class SparseLinearAttention(nn.Module):
             "block_k": block_k,
             "feature_map": feature_map,
         }
-        self.proj_l = ZeroLinear(head_dim)
+        self.int8 = int8
+        # no nn.Linear: a network initialises, and quantises, those of its own
+        self.proj_l = nn.ParameterDict(
+            {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
+        )
 
+    # a first call tries kernels on the device; there is nothing to fuse around them
+    @torch.compiler.disable
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         blocks = {"block_q": self.config["block_q"], "block_k": self.config["block_k"]}
         index = block_map(q, k, **blocks, ratio=self.config["ratio"])
-        sparse, _ = sparse_attention(q, k, v, index, **blocks)
-        linear = linear_attention(q, k, v, self.config["feature_map"])
-        return sparse.to(q.dtype) + self.proj_l(linear.to(q.dtype))
+        if self.int8:
+            if are_differentiated(q, k, v):
+                raise UserError(
+                    "attention=sla_int8 can not be trained: train with sla, and generate with sla_int8"
+                )
+            sparse = sparse_attention_int8(q, k, v, index, **blocks)
+        else:
+            sparse = sparse_attention(q, k, v, index, **blocks)
+        proj = self.proj_l
+        return linear_attention(q, k, v, self.config["feature_map"], proj["weight"], proj["bias"], add=sparse)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.config.items())
+        return ", ".join(f"{name}={value}" for name, value in {**self.config, "int8": self.int8}.items())

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from turbodiffusion.attention import trained
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.metadata import Metadata, kind_of
 from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SAFETENSORS_DTYPES, SHARD_NAME, Entries, Entry
@@ -30,7 +31,10 @@ def save(
     The file appears whole or not at all, and replaces what was there.  Raises UserError if that fails.
     weights are written in place of the module's own.
     """
-    metadata = Metadata(kind_of(module), module.config, variant, sampling, tuple(history or ()))
+    config = module.config
+    if "attention" in config:
+        config = config | {"attention": trained(config["attention"])}
+    metadata = Metadata(kind_of(module), config, variant, sampling, tuple(history or ()))
     tensors = module.state_dict() if weights is None else weights
     entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
     write_safetensors(Path(path).expanduser(), entries, metadata.header())

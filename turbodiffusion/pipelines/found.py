@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from turbodiffusion.attention import Attention, chosen, spoken
+from turbodiffusion.attention import Attention, chosen, fastest, spoken
 from turbodiffusion.checkpoints import (
     Report,
     detect,
@@ -25,6 +25,7 @@ from turbodiffusion.models.wan import PATCH
 from turbodiffusion.pipelines.generate import Models, vae_chunk
 from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, denoise_bytes
 from turbodiffusion.pipelines.options import Options
+from turbodiffusion.pipelines.request import pick_device, pick_dtype
 from turbodiffusion.pipelines.sizes import Size, latent_frames
 from turbodiffusion.variants import Sampling, Variant, variants
 
@@ -156,16 +157,19 @@ def _networks(options: Options) -> tuple[Path, Path | None]:
 
 
 def _attention(options: Options, networks: list[Report]) -> Attention:
-    """What was asked of what the networks carry."""
+    """What was asked of what the networks carry; auto: that, as fast as the device can."""
     names = ("ratio", "block_q", "block_k")
     asked = {"name": options.attention, **{name: getattr(options, name) for name in names}}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = {name: value for name, value in asked.items() if value not in (None, "auto")}
     carried = [report.config["attention"] for report in networks]
     first, *others = (chosen(each, asked, drop_linear=options.drop_linear) for each in carried)
     if any(other != first for other in others):
         said = " and ".join(map(spoken, carried))
         raise UserError(f"the experts differ in attention ({said}): pass attention= and what differs.")
-    return first
+    if options.attention != "auto":
+        return first
+    device, config = pick_device(options.device), networks[0].config
+    return fastest(first, config["dim"] // config["heads"], device, pick_dtype(options.dtype, device))
 
 
 def _variant(report: Report, *, has_low: bool) -> Variant:
