@@ -1,8 +1,19 @@
-"""bf16 and e4m3 for Triton's interpreter (TRITON_INTERPRET=1): it computes on bf16's bits as if they were
-integers, and truncates what it makes e4m3."""
+"""Poisoned memory; and bf16 and e4m3 for Triton's interpreter (TRITON_INTERPRET=1), which computes on the bits of
+bf16 as if they were integers, and truncates what it makes e4m3."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kernels.selftest import poisoned
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Outputs start as NaN: an element that a kernel does not write cannot pass."""
+    with poisoned():
+        yield
 
 
 def _install() -> None:

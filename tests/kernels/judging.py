@@ -15,6 +15,11 @@ def error(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
 
 
+def allowed(lost: Tensor, truth: Tensor, size: float | Tensor, dtype: torch.dtype) -> float:
+    """Twice what PyTorch loses at this precision; where that is almost nothing, roundings of the result."""
+    return max(2 * (lost.double() - truth).norm(), ROUNDINGS[dtype] * torch.finfo(dtype).eps * size)
+
+
 def widen(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else x.double() for x in tensors]
 

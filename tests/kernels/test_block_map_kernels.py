@@ -1,8 +1,7 @@
-"""The Triton kernels of the block map: on a GPU, or in the interpreter by test_sla_parts.py."""
+"""The Triton kernels of the block map: on a GPU, or in the interpreter by test_without_gpu.py."""
 
 import math
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from kernels import block_map_triton, reference
 from kernels.block_map import _sound, block_map
-from kernels.selftest import poisoned
 from tests.kernels.judging import DEVICE, GPU
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # queries, keys, block of queries, block of keys, width: one token, about a block, several and a tail
@@ -22,12 +20,6 @@ SMALL = [(1, 1, 64, 64, 64), (63, 64, 64, 64, 64), (64, 65, 64, 64, 64), (65, 63
 SMALL += [(300, 300, 128, 64, 64), (300, 300, 64, 128, 32), (40, 300, 16, 16, 16), (5, 60, 3, 1, 128)]
 LARGE = [(32760, 32760, 64, 64, 128), (32760, 32760, 64, 128, 128), (1000, 75600, 128, 64, 128)] * GPU
 CASES = [(*sizes, BF16) for sizes in SMALL + LARGE] + [(*SMALL[4], dtype) for dtype in (FP16, FP32)]
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    with poisoned():
-        yield
 
 
 def draw(tokens: int, width: int, dtype: torch.dtype) -> Tensor:

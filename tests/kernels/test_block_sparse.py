@@ -12,7 +12,6 @@ from kernels import reference
 from kernels.block_sparse import BLOCKS, HEAD_WIDTHS, Trial, sparse_attention
 from kernels.block_sparse_int8 import ALLOWED, sparse_attention_int8
 from tests.kernels.judging import error
-from tests.kernels.processes import interpret, interpreted, run
 
 SIZES = {"block_q": 32, "block_k": 32}
 
@@ -117,24 +116,3 @@ def test_eight_bits_of_zeros_are_zeros() -> None:
     for fp8 in (False, True):
         o = reference.sparse_attention_int8(0 * q, 0 * k, 0 * v, index, **SIZES, fp8=fp8)
         assert not o.any()
-
-
-def test_cpu_needs_no_triton() -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['triton'] = None\n"  # any import of it now raises
-        "import torch\n"
-        "from kernels.block_sparse import sparse_attention\n"
-        "from kernels.block_sparse_int8 import sparse_attention_int8\n"
-        "index = torch.zeros(1, 1, 1, 1, dtype=torch.int32)\n"
-        "for op in (sparse_attention, sparse_attention_int8):\n"
-        "    op(*torch.randn(3, 1, 1, 4, 32), index, block_q=64, block_k=64)\n"
-    )
-    result = run("-c", code, TRITON_INTERPRET="0")
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-@interpreted
-def test_kernels_in_the_interpreter() -> None:
-    interpret("tests/kernels/test_block_sparse_kernels.py")

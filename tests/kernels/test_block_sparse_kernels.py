@@ -1,6 +1,6 @@
-"""The Triton kernels of block-sparse attention: on a GPU, or in the interpreter by test_block_sparse.py."""
+"""The Triton kernels of block-sparse attention: on a GPU, or in the interpreter by test_without_gpu.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from kernels import block_sparse_triton as sparse
 from kernels import reference
 from kernels.block_sparse import Trial, sparse_attention
 from kernels.block_sparse_int8 import share, sparse_attention_int8
-from kernels.selftest import error_share, poisoned
-from tests.kernels.judging import DEVICE, GPU, ROUNDINGS, differentiate, error, widen
+from kernels.selftest import error_share
+from tests.kernels.judging import DEVICE, GPU, allowed, differentiate, error, widen
 from turbodiffusion.attention import SparseLinearAttention
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # the interpreter runs forms made for any GPU
@@ -60,13 +60,6 @@ TYPED += [(FP32, case) for case in (SMALL[:3] + [Case(129, 300, 64, 64, 64)] * G
 TYPED += [(FP16, LARGE[0])] * GPU
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Outputs start as NaN: an element that a kernel does not write cannot pass."""
-    with poisoned():
-        yield
-
-
 def draw(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], sparse.Blocks]:
     """q, k, v, as many tangents, and random lists of half of the key blocks, or of one."""
     sizes = [(2, length, 2, case.width) for length in (case.rows, case.keys, case.keys)]
@@ -90,11 +83,6 @@ def naive(blocks: sparse.Blocks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = listed.repeat_interleave(blocks.q, 2).repeat_interleave(blocks.k, 3)
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask[:, :, : q.shape[2], : k.shape[2]], -torch.inf)
     return scores.softmax(-1) @ v
-
-
-def allowed(lost: Tensor, truth: Tensor, size: float | Tensor, dtype: torch.dtype) -> float:
-    """Twice what PyTorch loses at this precision; where that is almost nothing, roundings of the result."""
-    return max(2 * (lost.double() - truth).norm(), ROUNDINGS[dtype] * torch.finfo(dtype).eps * size)
 
 
 def forms(kind: str, dtype: torch.dtype, case: Case) -> list[sparse.Form]:

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from kernels import reference
 from kernels.reference import block_map, kept_blocks, linear_attention, sparse_attention
+from tests.kernels.judging import error
 
 BLOCKS = {"block_q": 4, "block_k": 3}
 # queries and keys: whole blocks, a tail of each, less than one block, one token
@@ -44,10 +45,6 @@ def token_mask(index: Tensor, rows: int, keys: int, block_q: int, block_k: int) 
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def brute_force_map(q: Tensor, k: Tensor, block_q: int, block_k: int, kept: int) -> np.ndarray:
@@ -144,7 +141,7 @@ def test_sparse_branch_equals_masked_dense_attention(rows: int, keys: int, kept:
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf)
     # fp64 rounding
-    assert relative_error(o, wanted) < 1e-14
+    assert error(o, wanted) < 1e-14
     torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-13, atol=1e-13)
 
 
@@ -153,7 +150,7 @@ def test_order_of_a_list_does_not_matter() -> None:
     index = choose(10, 11, 3)
     o, _ = sparse_attention(q, k, v, index, **BLOCKS)
     # fp64 rounding: sums in another order, the padded last block first
-    assert relative_error(sparse_attention(q, k, v, index.flip(-1), **BLOCKS)[0], o) < 1e-14
+    assert error(sparse_attention(q, k, v, index.flip(-1), **BLOCKS)[0], o) < 1e-14
 
 
 def test_low_precision_is_computed_in_fp32() -> None:
@@ -164,9 +161,9 @@ def test_low_precision_is_computed_in_fp32() -> None:
     linear = linear_attention(q, k, v, "softmax")
     assert o.dtype == lse.dtype == linear.dtype == torch.float32
     # a few fp32 roundings, three orders below one of bf16
-    assert relative_error(o.double(), wanted) < 1e-6
+    assert error(o.double(), wanted) < 1e-6
     wanted = linear_attention(q.double(), k.double(), v.double(), "softmax")
-    assert relative_error(linear.double(), wanted) < 1e-6
+    assert error(linear.double(), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 26], ids=["in chunks", "at once"])
@@ -189,7 +186,7 @@ def test_both_derivatives_equal_those_of_masked_attention(rows: int, keys: int) 
 
     got = torch.func.jvp(sparse, tuple(primals), (dq, dk, dv))[1]
     # fp64 rounding
-    assert relative_error(got, torch.func.jvp(plain, tuple(primals), (dq, dk, dv))[1]) < 1e-13
+    assert error(got, torch.func.jvp(plain, tuple(primals), (dq, dk, dv))[1]) < 1e-13
     primals = [x.requires_grad_() for x in primals]
     grad = torch.randn_like(primals[0])
     got = torch.autograd.grad(sparse(*primals), primals, grad)
@@ -216,7 +213,7 @@ def test_tangent_equals_central_differences(branch: str) -> None:
         fn(*(x + step * dx for x, dx in zip(primals, (dq, dk, dv), strict=True))) for step in (h, -h)
     )
     # 1e-16 / h of rounding, and h^2 of the third derivative, which is large where relu leaves few features
-    assert relative_error(got, (ahead - behind) / (2 * h)) < 1e-8
+    assert error(got, (ahead - behind) / (2 * h)) < 1e-8
 
 
 def test_gradients_beside_a_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +227,7 @@ def test_gradients_beside_a_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tangent is not None
     (got,) = torch.autograd.grad(out.square().sum(), q)
     (wanted,) = torch.autograd.grad(masked(q, k, v, token_mask(index, 10, 11, **BLOCKS)).square().sum(), q)
-    assert relative_error(got, wanted) < 1e-13  # fp64 rounding
+    assert error(got, wanted) < 1e-13  # fp64 rounding
 
 
 def test_the_graph_keeps_no_more_than_inputs_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +262,7 @@ def test_linear_branch_equals_the_quadratic_formula(rows: int, keys: int, featur
     weights = features(q) @ features(k).mT
     wanted = weights @ v / (1e-5 + weights.sum(-1, keepdim=True))
     # fp64 rounding
-    assert relative_error(linear_attention(q, k, v, feature_map), wanted) < 1e-14
+    assert error(linear_attention(q, k, v, feature_map), wanted) < 1e-14
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
