@@ -77,8 +77,9 @@ def resume_run(folder: Path, state: TrainState, networks: Networks) -> bool:
     stored = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
     weights = _weights(networks)
     _check({name: value.size for name, value in stored.items()}, weights, found[-1])
+    with_moments = {name.rpartition("/")[0] for name in stored}
     for role, optimizer in state.optimizers.items():
-        moved = [p for name, p in networks[role].items() if f"{_moment(role, name)}/step" in stored]
+        moved = [p for name, p in networks[role].items() if _moment(role, name) in with_moments]
         _make_moments(optimizer, moved)
     tensors = weights | _moments(state, networks)
     with _plainly():

@@ -102,10 +102,11 @@ def toy(tmp_path: Path) -> Callable[..., Trainer]:
         poison_at: int | None = None,
         noise: float = 0.1,
         tracker: Tracker | None = None,
+        matrices: str = "adamw",
         **plan: float,
     ) -> Trainer:
         parts = Parts(Regression(poison_at=poison_at, noise=noise), Rows(rows), Silent())
-        optims = {"default": Optim(lr=0.1, warmup=2, weight_decay=0.0)}
+        optims = {"default": Optim(lr=0.1, warmup=2, weight_decay=0.0, matrices=matrices)}
         return Trainer(
             parts, optims=optims, plan=replace(PLAN, **plan), folder=tmp_path / folder, tracker=tracker
         )

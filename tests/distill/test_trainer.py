@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,11 @@ def test_training_finds_the_line(toy: Make):
     torch.testing.assert_close(trainer.masters["line"].module.weight, torch.ones(4, 1), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["toy", "flow"])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kind: str, request: pytest.FixtureRequest):
-    make: Make = request.getfixturevalue(kind)
+@pytest.mark.parametrize(("kind", "options"), [("toy", {}), ("toy", {"matrices": "muon"}), ("flow", {})])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    kind: str, options: dict[str, str], request: pytest.FixtureRequest
+):
+    make: Make = partial(request.getfixturevalue(kind), **options)
     whole = make("whole", accumulate=2)
     whole.fit()
     broken = make("broken", accumulate=2, save_every=5)
