@@ -227,8 +227,8 @@ class WanModel(nn.Module):
         """
         self._check(x, context, condition, clip)
         grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
-        tokens = self._patchify(x if condition is None else torch.cat((x, condition.to(x.dtype)), dim=1))
         table = rotary_table(grid, self.config["dim"] // self.config["heads"], x.device)
+        tokens = self._patchify(x if condition is None else torch.cat((x, condition.to(x.dtype)), dim=1))
         e, time = self._embed_time(timesteps)
         context = F.pad(context.to(tokens.dtype), (0, 0, 0, self.config["text_length"] - context.shape[1]))
         text = self.text_embedding(context)
