@@ -18,6 +18,7 @@ from distill.objective import Parts, everything, nothing
 from distill.precision import lower
 from distill.remat import rematerialize
 from distill.videos import Videos
+from distill.widening import widen
 from turbodiffusion.checkpoints import detect, load_network, load_text_encoder, load_vae
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
@@ -135,7 +136,7 @@ def caption_reader(
 class Start:
     """Checkpoints to continue from; None: from scratch."""
 
-    network: str | None = None
+    network: str | None = None  # its feed-forward layers may be narrower
     text_encoder: str | None = None
 
 
@@ -153,7 +154,7 @@ def text_to_video(
     device, history = hardware.device, []
     if start.network is not None:
         loaded = load_network(start.network, device=device, dtype=torch.float32)
-        student.network.load_state_dict(loaded.network.state_dict())
+        widen(student.network, loaded.network)
         history = list(loaded.report.metadata.history)
     if start.text_encoder is not None:
         text_encoder = load_text_encoder(start.text_encoder, device=device, dtype=torch.float32)
