@@ -38,12 +38,13 @@ def test_vae_reconstructs_held_out_clips() -> None:
     assert psnr(back, frames).mean() > 30
 
 
-def test_teacher_shows_the_background_and_the_motion_of_the_caption() -> None:
-    """Of the subject only every other clip is exact enough yet (docs/small_world.md)."""
+def test_teacher_shows_what_the_caption_says() -> None:
     options = Options(device="cpu", dtype="float32", steps=10, count=4, batch=4)
     sprites, prompts = load_sprites(), held_out_prompts(options.count)
     (clips,) = generate(load_pipeline(options), prompts, sprites, options)
     readings = Oracle(sprites).read(clips)
-    # of 512 prompts: all, and five in six
+    # of 512 prompts: every background, 19 of 20 motions and 5 of 6 subjects
     assert [r.background for r in readings] == [p.background for p in prompts]
-    assert sum(r.motion == p.motion for r, p in zip(readings, prompts, strict=True)) >= 3
+    for attribute in ("subject", "motion"):
+        pairs = zip(readings, prompts, strict=True)
+        assert sum(getattr(r, attribute) == getattr(p, attribute) for r, p in pairs) >= 3

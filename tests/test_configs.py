@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 # counted once; a change of size would orphan the checkpoints in assets/
-PARAMETERS = {"vae": 2_680_764, "network": 3_848_512, "text_encoder": 690_176}
+PARAMETERS = {"vae": 2_680_764, "network": 4_636_480, "text_encoder": 690_176}
 
 
 def composed(experiment: str, *overrides: str) -> DictConfig:
