@@ -17,11 +17,7 @@ def block_map(q: Tensor, k: Tensor, *, block_q: int, block_k: int, ratio: float)
     q (B, N, L, D), k (B, N, S, D) -> indices (B, N, query blocks, kept), int32, ascending, as many as
     reference.kept_blocks says; of equal scores the lower index is kept.  Nothing is differentiated.
     """
-    if 0 in q.shape or 0 in k.shape or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]):
-        raise ValueError(
-            f"got q {tuple(q.shape)} and k {tuple(k.shape)}; wanted k with q's batch, heads and width, "
-            "and at least one token in each"
-        )
+    reference.check_shapes(q, k, k)
     q, k = q.detach(), k.detach()
     return _implementation(q, k)(q, k, block_q=block_q, block_k=block_k, ratio=ratio)
 

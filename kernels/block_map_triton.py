@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import kept_blocks
-from kernels.tiles import load_rows, tokens_first
+from kernels.tiles import head_start, load_rows, tokens_first
 
 HEAD_WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,7 +30,7 @@ def _store_mean(
     """Mean of one block of one head of x (B, L, N, D), less the head's first token if SHIFT."""
     head = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, D)
-    x_ptr += (head // N * length * N + head % N) * D
+    x_ptr += head_start(head, length, N, D)
     first = block * SIZE
     end = tl.minimum(first + SIZE, length)
     total = tl.zeros([D], tl.float32)

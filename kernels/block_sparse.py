@@ -109,13 +109,8 @@ def runs_in_triton(q: Tensor, block_q: int, block_k: int) -> bool:
 
 def check(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_q: int, block_k: int) -> None:
     """Raise ValueError unless the arguments of sparse attention fit each other."""
-    if k.shape != v.shape or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or 0 in k.shape:
-        raise ValueError(
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k like v, "
-            "with q's batch, heads and width, and at least one key"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"got q in {q.dtype}, k in {k.dtype}, v in {v.dtype}; wanted one dtype")
+    reference.check_shapes(q, k, v)
+    reference.check_dtypes(q, k, v)
     lists = (*q.shape[:2], -(-q.shape[2] // block_q))
     most = -(-k.shape[2] // block_k)
     if block_index.shape[:-1] != lists or not 0 < block_index.shape[-1] <= most:

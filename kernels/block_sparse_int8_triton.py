@@ -14,7 +14,16 @@ from torch import Tensor
 
 from kernels.block_sparse_triton import Blocks, Form, first_key, options
 from kernels.reference import E4M3_MAX, TINY
-from kernels.tiles import LOG2E, allow_descriptors, load_rows, load_tile, matrix, store_rows, tokens_first
+from kernels.tiles import (
+    LOG2E,
+    allow_descriptors,
+    head_start,
+    load_rows,
+    load_tile,
+    matrix,
+    store_rows,
+    tokens_first,
+)
 
 LOG2_E4M3_MAX = tl.constexpr(math.log2(E4M3_MAX))
 # an integer below 2^22 added to these bits gives the bits of a float: 1.5 * 2^23 and that integer
@@ -47,7 +56,7 @@ def quantise_kernel(x_ptr, mean_ptr, y_ptr, step_ptr, L, N, tiny, D: tl.constexp
     """A block of rows, less the mean where one is given, in steps of the 127th of its largest number."""
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
-    off = (head // N * L * N + head % N) * D
+    off = head_start(head, L, N, D)
     x = load_rows(x_ptr + off, first, L, N * D, D, ROWS).to(tl.float32)
     if mean_ptr is not None:
         mean = tl.load(mean_ptr + head * D + tl.arange(0, D))
@@ -62,7 +71,7 @@ def quantise_values_kernel(v_ptr, step_ptr, y_ptr, S, N, P, D: tl.constexpr, KEY
     """A tile of values in steps of their channels', channels first; zeros from S to P."""
     first = tl.program_id(0) * KEYS
     head = tl.program_id(1).to(tl.int64)
-    v = load_rows(v_ptr + (head // N * S * N + head % N) * D, first, S, N * D, D, KEYS)
+    v = load_rows(v_ptr + head_start(head, S, N, D), first, S, N * D, D, KEYS)
     channel = tl.arange(0, D)
     v = v.to(tl.float32) / tl.load(step_ptr + head * D + channel)[None, :]
     key = first + tl.arange(0, KEYS)
@@ -99,8 +108,8 @@ def attention_kernel(
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     q_rows = matrix(q_ptr + q_off, L, stride, D, ROWS, TMA)
     k_rows = matrix(k_ptr + k_off, S, stride, D, KEYS, TMA)
     if v_step_ptr is None:

@@ -17,6 +17,7 @@ from kernels.tiles import (
     LN2,
     LOG2E,
     allow_descriptors,
+    head_start,
     load_rows,
     load_tile,
     matrix,
@@ -107,8 +108,8 @@ def forward_kernel(
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     q_rows = matrix(q_ptr + q_off, L, stride, D, ROWS, TMA)
     k_rows = matrix(k_ptr + k_off, S, stride, D, KEYS, TMA)
     v_rows = matrix(v_ptr + k_off, S, stride, D, KEYS, TMA)
@@ -146,8 +147,8 @@ def tangent_kernel(
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     k_rows = matrix(k_ptr + k_off, S, stride, D, KEYS, TMA)
     v_rows = matrix(v_ptr + k_off, S, stride, D, KEYS, TMA)
     dk_rows = matrix(dk_ptr + k_off, S, stride, D, KEYS, TMA)
@@ -199,8 +200,8 @@ def query_grad_kernel(
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     k_rows = matrix(k_ptr + k_off, S, stride, D, KEYS, TMA)
     v_rows = matrix(v_ptr + k_off, S, stride, D, KEYS, TMA)
     list_ptr += (head * tl.cdiv(L, BLOCK_Q) + first // BLOCK_Q) * kept
@@ -235,8 +236,8 @@ def key_grad_kernel(
     first = tl.program_id(0) * KEYS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     q_rows = matrix(q_ptr + q_off, L, stride, D, ROWS, TMA)
     g_rows = matrix(g_ptr + q_off, L, stride, D, ROWS, TMA)
     k = load_rows(k_ptr + k_off, first, S, stride, D, KEYS)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import LN2, LOG2E, load_rows, store_rows, tokens_first
+from kernels import reference
+from kernels.tiles import LN2, LOG2E, head_start, load_rows, store_rows, tokens_first
 
 HEAD_WIDTHS = (32, 64, 128)
 # what the Hopper kernel takes, and the first Triton with Gluon as it is written in
@@ -80,8 +81,8 @@ def forward_kernel(
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     q = load_rows(q_ptr + q_off, first, L, stride, D, ROWS)
     if dq_ptr is not None:
         dq = load_rows(dq_ptr + q_off, first, L, stride, D, ROWS)
@@ -135,8 +136,8 @@ def key_grad_kernel(
     first = tl.program_id(0) * KEYS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     k = load_rows(k_ptr + k_off, first, S, stride, D, KEYS)
     v = load_rows(v_ptr + k_off, first, S, stride, D, KEYS)
     gk = tl.zeros([KEYS, D], tl.float32)
@@ -166,8 +167,8 @@ def query_grad_kernel(
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     stride = N * D
-    q_off = (head // N * L * N + head % N) * D
-    k_off = (head // N * S * N + head % N) * D
+    q_off = head_start(head, L, N, D)
+    k_off = head_start(head, S, N, D)
     q = load_rows(q_ptr + q_off, first, L, stride, D, ROWS)
     g = load_rows(g_ptr + q_off, first, L, stride, D, ROWS)
     row = first + tl.arange(0, ROWS)
@@ -255,13 +256,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"got head width {q.shape[-1]} in {q.dtype}; attention with a tangent on a GPU takes head widths "
             f"{HEAD_WIDTHS} in bf16, fp16 or fp32"
         )
-    if k.shape != v.shape or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or 0 in k.shape:
-        raise ValueError(
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k like v, "
-            "with q's batch, heads and width, and at least one key"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"got q in {q.dtype}, k in {k.dtype}, v in {v.dtype}; wanted one dtype")
+    reference.check_shapes(q, k, v)
+    reference.check_dtypes(q, k, v)
 
 
 def _shared_bytes(device: torch.device) -> int:

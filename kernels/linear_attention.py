@@ -76,11 +76,7 @@ class _Fused(torch.autograd.Function):
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> None:
     D = q.shape[-1]
-    if k.shape != v.shape or k.shape != (*q.shape[:2], k.shape[2], D) or 0 in q.shape or 0 in k.shape:
-        raise ValueError(
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k like v, with q's "
-            "batch, heads and width, and at least one token in each"
-        )
+    reference.check_shapes(q, k, v)
     if weight.shape != (D, D) or bias.shape != (D,) or (add is not None and add.shape != q.shape):
         raise ValueError(
             f"got weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, add "

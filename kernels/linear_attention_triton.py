@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.tiles import load_rows, store_rows, tokens_first
+from kernels.tiles import head_start, load_rows, store_rows, tokens_first
 
 HEAD_WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -115,7 +115,7 @@ def state_kernel(
     """Parts of the state f(k)^T v and the mass sum f(k) of every head."""
     head = tl.program_id(0).to(tl.int64)
     stride = N * D
-    offset = (head // N * S * N + head % N) * D
+    offset = head_start(head, S, N, D)
     state = tl.zeros([D, D], tl.float32)
     mass = tl.zeros([TOKENS, D], tl.float32)
     first = tl.program_id(1) * span
@@ -185,7 +185,7 @@ def output_kernel(
     """f(q) state W^T / (1e-5 + f(q) mass) + bias, and + add where add_ptr is given."""
     head = tl.program_id(0).to(tl.int64)
     stride = N * D
-    offset = (head // N * L * N + head % N) * D
+    offset = head_start(head, L, N, D)
     folded = tl.load(_square(folded_ptr + head * (D * D), D))
     vectors_ptr += head * (3 * D) + tl.arange(0, D)
     mass, shift = tl.load(vectors_ptr), tl.load(vectors_ptr + 2 * D)
@@ -214,7 +214,7 @@ def query_grad_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     stride = N * D
-    offset = (head // N * L * N + head % N) * D
+    offset = head_start(head, L, N, D)
     folded = tl.load(_square(folded_ptr + head * (D * D), D))
     vectors_ptr += head * (3 * D) + tl.arange(0, D)
     mass, shift = tl.load(vectors_ptr), tl.load(vectors_ptr + 2 * D)
@@ -248,7 +248,7 @@ def key_grad_kernel(
     """Gradients of k and v from those of state and, for values less their mean, of mass."""
     head = tl.program_id(0).to(tl.int64)
     stride = N * D
-    offset = (head // N * S * N + head % N) * D
+    offset = head_start(head, S, N, D)
     g_state = tl.load(_square(g_state_ptr + head * (D * D), D))
     mean = tl.load(vectors_ptr + head * (3 * D) + D + tl.arange(0, D))
     g_mass = tl.load(g_vectors_ptr + head * (3 * D) + tl.arange(0, D))

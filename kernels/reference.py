@@ -59,6 +59,26 @@ def attention_backward(
     return slope @ k, slope.mT @ q, p.mT @ grad
 
 
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v are those of an attention."""
+    if (
+        k.shape != v.shape
+        or k.shape != (*q.shape[:2], k.shape[2], q.shape[3])
+        or 0 in q.shape
+        or 0 in k.shape
+    ):
+        raise ValueError(
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k like v, "
+            "with q's batch, heads and width, and at least one token in each"
+        )
+
+
+def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v have one dtype."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"got q in {q.dtype}, k in {k.dtype}, v in {v.dtype}; wanted one dtype")
+
+
 def kept_blocks(ratio: float, blocks: int) -> int:
     """How many of the key blocks a block of queries attends to: rounded down, at least one."""
     return max(1, min(blocks, int(ratio * blocks)))

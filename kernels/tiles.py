@@ -10,6 +10,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def head_start(head, length, N, D: tl.constexpr):
+    """Where the rows of a head begin in (B, length, N, D); head: int64, of B * N."""
+    return (head // N * length * N + head % N) * D
+
+
+@triton.jit
 def load_rows(ptr, first, count, stride, D: tl.constexpr, ROWS: tl.constexpr):
     """Rows first .. first + ROWS of a matrix of `count` rows; zeros below its end."""
     row = tl.arange(0, ROWS)

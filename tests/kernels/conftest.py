@@ -1,5 +1,5 @@
-"""Poisoned memory; and bf16 and e4m3 for Triton's interpreter (TRITON_INTERPRET=1), which computes on the bits of
-bf16 as if they were integers, and truncates what it makes e4m3."""
+"""Poisoned memory; and bf16 and e4m3 for Triton's interpreter (TRITON_INTERPRET=1), which computes on
+bf16's bits as if they were integers, and truncates what it makes e4m3."""
 
 import os
 from collections.abc import Callable, Iterator

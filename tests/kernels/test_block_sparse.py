@@ -47,7 +47,7 @@ def test_on_a_cpu_the_twin_runs_with_its_derivatives() -> None:
     ("change", "message"),
     [
         (lambda q, k, v, index: (q, k[:, :1], v, index), "k like v"),
-        (lambda q, k, v, index: (q, k[..., :0, :], v[..., :0, :], index), "at least one key"),
+        (lambda q, k, v, index: (q, k[..., :0, :], v[..., :0, :], index), "at least one token"),
         (lambda q, k, v, index: (q, k, v.float(), index), "one dtype"),
         (lambda q, k, v, index: (q, k, v, index[:, :, :2]), "for blocks of 32 queries"),
         (lambda q, k, v, index: (q, k, v, index[..., :0]), "from 1 to 3 key blocks"),

@@ -127,7 +127,7 @@ def test_dual_numbers_reach_the_kernels() -> None:
         (((1, 2, 3, 48), (1, 2, 3, 48)), torch.float32, "head width 48"),
         (((1, 2, 3, 32), (1, 2, 3, 32)), torch.float64, "float64"),
         (((1, 2, 3, 32), (1, 1, 3, 32)), torch.float32, "q's batch, heads"),
-        (((1, 2, 3, 32), (1, 2, 0, 32)), torch.float32, "at least one key"),
+        (((1, 2, 3, 32), (1, 2, 0, 32)), torch.float32, "at least one token"),
     ],
 )
 def test_refuses_what_the_kernels_cannot_do(
