@@ -6,23 +6,19 @@ python infer.py ckpt=wan2.1_t2v_1.3b.safetensors prompt="..." size=480p seed=1 o
 Every option, with its meaning, is a line of configs/infer.yaml.
 """
 
+from dataclasses import fields
+
 from omegaconf import DictConfig
 
 from turbodiffusion.cli import entry_point
-
-TEXT = (
-    *("ckpt", "ckpt_low", "variant", "vae", "text_encoder", "tokenizer", "image_encoder"),
-    *("prompt", "prompt_file", "negative_prompt", "image", "last_image", "out"),
-    *("size", "aspect", "sampler", "dtype", "device", "attention", "offload", "tiling"),
-)
+from turbodiffusion.pipelines.options import Options, read
 
 
-@entry_point("infer", free_text=TEXT)
+@entry_point("infer", free_text=[field.name for field in fields(Options) if field.type in (str, str | None)])
 def main(cfg: DictConfig) -> None:
     """Read the options, then generate."""
     # imported here: a wrong option, and Ctrl-C while torch loads, are answered at once
     from turbodiffusion.pipelines.command import generate
-    from turbodiffusion.pipelines.options import read
 
     generate(read(cfg))
 

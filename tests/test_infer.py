@@ -79,11 +79,9 @@ def run(
     return type_in
 
 
-def test_the_config_the_options_and_the_free_text_agree() -> None:
+def test_the_config_and_the_options_agree() -> None:
     config = set(OmegaConf.load(ROOT / "configs" / "infer.yaml")) - {"defaults", "hydra"}
     assert config == {field.name for field in fields(Options)}
-    texts = {field.name for field in fields(Options) if field.type in (str, str | None)}
-    assert set(infer.TEXT) == texts
 
 
 def test_free_text_is_kept_from_hydra_unless_it_chooses_a_file() -> None:

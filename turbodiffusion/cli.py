@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -21,11 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from turbodiffusion.errors import UserError
 
-USER, ENVIRONMENT, INTERRUPTED = 2, 1, 130
+USER, MACHINE, INTERRUPTED = 2, 1, 130
 # Hydra's own flags are left to it
-_HYDRA_FLAGS = re.compile(
-    r"--(hydra-help|version|cfg|resolve|package|run|multirun|info|config-\w+|shell-\w+)\b"
-)
+_HYDRA_FLAGS = r"--(hydra-help|version|cfg|resolve|package|run|multirun|info|config-\w+|shell-\w+)\b"
 
 
 def entry_point(
@@ -39,11 +38,15 @@ def entry_point(
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        folder = Path(inspect.getfile(task)).resolve().parent / "configs"
+        file = Path(inspect.getfile(task)).resolve().parent / "configs" / f"{config_name}.yaml"
+        folder = str(file.parent)
 
         def main() -> None:
+            if "--help" in sys.argv[1:]:
+                sys.stdout.write(f"{inspect.getmodule(task).__doc__}\n{file.read_text()}")
+                return
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's printer
-            names = config_names(folder / f"{config_name}.yaml")
+            names = config_names(file)
 
             @functools.wraps(task)
             def reported(cfg: DictConfig) -> None:
@@ -53,14 +56,10 @@ def entry_point(
                         OmegaConf.update(cfg, name, text)
                     task(cfg)
 
-            if "--help" in sys.argv[1:]:
-                file = folder / f"{config_name}.yaml"
-                sys.stdout.write(f"{inspect.getmodule(task).__doc__}\n{file.read_text()}")
-                return
             with one_sentence(names):
                 words = [check_form(word, names) for word in sys.argv[1:]]
                 texts, sys.argv[1:] = split_texts(words, free_text, names)
-                hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(reported)()
+                hydra.main(version_base="1.3", config_path=folder, config_name=config_name)(reported)()
 
         return main
 
@@ -93,7 +92,7 @@ def split_texts(
 
 def check_form(word: str, names: Collection[str]) -> str:
     """The word itself, if it can be a `name=value` option or one of Hydra's own flags."""
-    if word.startswith("--") and not _HYDRA_FLAGS.match(word):
+    if word.startswith("--") and not re.match(_HYDRA_FLAGS, word):
         name = word[2:].partition("=")[0].replace("-", "_")
         raise UserError(f"{word!r} is not understood: options are written name=value{near(name, names)}.")
     if "=" not in word and not word.startswith(("-", "~")):
@@ -110,9 +109,8 @@ def config_names(path: Path) -> list[str]:
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
 
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    assert isinstance(content, dict)
-    return [name for name in walk(content, "") if not name.startswith(("hydra", "defaults"))]
+    names = walk(yaml.safe_load(path.read_text(encoding="utf-8")), "")
+    return [name for name in names if not name.startswith(("hydra", "defaults"))]
 
 
 def near(name: str, names: Collection[str]) -> str:
@@ -136,15 +134,18 @@ def one_sentence(names: Collection[str] = ()) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _exit(_config_sentence(error, names), USER)
     except OSError as error:
-        _exit(_system_sentence(error), ENVIRONMENT)
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            _exit(f"The disk is full{where}: free some space, or choose another place with out=.", MACHINE)
+        _exit(f"{error.strerror or error}{where}.", MACHINE)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        # by name, so that importing this module does not import torch
+        is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not is_known and "can't allocate memory" not in str(error):
             raise
-        _exit(
-            "Out of memory: pass offload=stage or offload=block, tiling=true, a smaller size= or fewer "
-            f"frames= ({str(error).splitlines()[0] if str(error) else 'host memory'}).",
-            ENVIRONMENT,
-        )
+        what = str(error).splitlines()[0] if str(error) else "host memory"
+        remedy = "pass offload=stage or offload=block, tiling=true, a smaller size= or fewer frames="
+        _exit(f"Out of memory: {remedy} ({what}).", MACHINE)
 
 
 def _exit(sentence: str, code: int) -> NoReturn:
@@ -161,18 +162,3 @@ def _config_sentence(error: Exception, names: Collection[str]) -> str:
     if unknown := re.match(r"Could not override '([^']+)'", text):
         return f"There is no option {unknown[1]!r}{near(unknown[1], names)}."
     return re.split(r"To append to your config|Config search path|\n\s*full_key", text)[0]
-
-
-def _system_sentence(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"The disk is full{where}: free some space, or choose another place with out=."
-    return f"{error.strerror or error}{where}."
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # by name, so that importing this module does not import torch
-    kind = type(error).__name__
-    return (
-        isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    )

@@ -1,6 +1,6 @@
 """The table of models: one file of `configs/model` each, the only place that states sizes and defaults."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -45,15 +45,9 @@ class Sampling:
 
         timesteps is the rule it was trained with; that of the published students rounds to bf16.
         """
-        return replace(
-            self,
-            sampler="rcm",
-            steps=4,
-            guidance=1.0,
-            guidance_low=None if self.guidance_low is None else 1.0,
-            sigma_max=sigma_max,
-            timesteps=timesteps,
-        )
+        low = None if self.guidance_low is None else 1.0
+        distilled = {"sampler": "rcm", "steps": 4, "guidance": 1.0, "guidance_low": low}
+        return replace(self, **distilled, sigma_max=sigma_max, timesteps=timesteps)
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Variant:
     sampling: Sampling
     vae: str
     text_encoder: str
-    experts: bool = field(default=False)
+    experts: bool
 
 
 @cache
