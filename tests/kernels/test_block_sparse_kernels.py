@@ -186,14 +186,14 @@ def test_checkpointing_can_keep_its_results(monkeypatch: pytest.MonkeyPatch) -> 
         sparse, "_launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest)
     )
     core = SparseLinearAttention(64, ratio=0.5, block_q=64, block_k=32).to(DEVICE, BF16)
-    results = {}
+    results = {"first": differentiate(core, primals, grad)}  # on a GPU, after a trial
     for mode, forwards in (("none", 1), ("block", 2), ("keep_attention", 1)):
         rematerialize([core], mode)
         launched.clear()
         results[mode] = differentiate(core, primals, grad)
         assert launched.count(sparse.forward_kernel) == forwards
     for some in results.values():
-        assert all(torch.equal(x, y) for x, y in zip(some, results["none"], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(some, results["first"], strict=True))
 
 
 def test_other_layouts_and_sizes() -> None:
