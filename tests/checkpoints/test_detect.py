@@ -1,12 +1,10 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from turbodiffusion.checkpoints.metadata import Metadata
+from turbodiffusion.checkpoints.metadata import Metadata, Report
 from turbodiffusion.checkpoints.network_config import choose_variant, network_config
-from turbodiffusion.checkpoints.report import Report
 from turbodiffusion.checkpoints.sources import Entry
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
@@ -30,11 +28,10 @@ def described(
     with torch.device("meta"):
         state = WanModel(**variants()[variant].network).state_dict()
     entries = {name: Entry.of(tensor) for name, tensor in state.items()}
-    reasons: list[str] = []
-    report = Report(Path(path), "network", "wan", "safetensors", {}, (), metadata)
-    report = replace(report, config=network_config(report, entries, {}, reasons))
-    report = choose_variant(report, asked, reasons)
-    return replace(report, reasons=tuple(reasons))
+    report = Report(Path(path), "network", "wan", "safetensors", {}, [], metadata)
+    report.config = network_config(report, entries, {})
+    choose_variant(report, asked)
+    return report
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -96,6 +93,6 @@ def test_a_teacher_is_no_student_because_of_its_folder() -> None:
 
 def test_an_incomplete_network_is_refused() -> None:
     entry = Entry((5, 16, 1, 2, 2), torch.float32, lambda: torch.zeros(1))
-    report = Report(Path("x"), "network", "wan", "safetensors", {}, ())
+    report = Report(Path("x"), "network", "wan", "safetensors", {}, [])
     with pytest.raises(UserError, match=r"x looks like a Wan network but its .* is missing"):
-        network_config(report, {"patch_embedding.weight": entry}, {}, [])
+        network_config(report, {"patch_embedding.weight": entry}, {})

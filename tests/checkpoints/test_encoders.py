@@ -16,9 +16,8 @@ from turbodiffusion.checkpoints import (
     load_vae,
     save,
 )
-from turbodiffusion.checkpoints.detect import open_checkpoint
+from turbodiffusion.checkpoints.detect import open_checkpoint, sized_vae
 from turbodiffusion.checkpoints.encoder_keys import image_to_published, text_to_published
-from turbodiffusion.checkpoints.encoders import sized_vae
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.clip import ImageEncoder
 from turbodiffusion.models.text import TextEncoder

@@ -9,7 +9,7 @@ from turbodiffusion.checkpoints.loading import (
     load_vae,
 )
 from turbodiffusion.checkpoints.locate import locate
-from turbodiffusion.checkpoints.report import Report
+from turbodiffusion.checkpoints.metadata import Report
 from turbodiffusion.checkpoints.saving import save
 
 __all__ = [

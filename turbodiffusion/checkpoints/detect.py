@@ -1,16 +1,15 @@
 """What a checkpoint is: kind, format, sizes and variant, with the reason for every conclusion."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from turbodiffusion.checkpoints import keys
-from turbodiffusion.checkpoints.metadata import read_metadata
+from turbodiffusion.checkpoints import encoders, keys
+from turbodiffusion.checkpoints.metadata import Numbers, Report, read_metadata
 from turbodiffusion.checkpoints.network_config import choose_variant, network_config
-from turbodiffusion.checkpoints.quantised import dequantised, is_quantised
-from turbodiffusion.checkpoints.report import Report
-from turbodiffusion.checkpoints.sources import DCP, Entries, Source, open_source
+from turbodiffusion.checkpoints.quantised import dequantised
+from turbodiffusion.checkpoints.sources import DCP, Entries, open_source
 from turbodiffusion.errors import UserError
 
 # a tensor that every checkpoint of a kind has -> the kind, and the format whose name it is
@@ -29,11 +28,10 @@ _SIGNS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: what it is, and its tensors as stored; a network's have our names already."""
+    """An opened checkpoint: what it is, and its tensors with our names, in the numbers that are stored."""
 
     report: Report
     entries: Entries
-    folder_config: dict[str, object]  # config.json, where there is one
 
     def floats(self, dtype: torch.dtype) -> Entries:
         """The tensors with INT8 weights de-quantised to `dtype`; the others as stored."""
@@ -43,6 +41,20 @@ class Checkpoint:
 def detect(path: str | Path, *, kind: str = "network", variant: str | None = None) -> Report:
     """What the checkpoint at `path` is.  `kind` matters only for the folder of a whole diffusers pipeline."""
     return open_checkpoint(path, kind=kind, variant=variant).report
+
+
+def sized_vae(checkpoint: Checkpoint) -> tuple[Numbers, Entries]:
+    """VideoVAE's arguments and tensors."""
+    return checkpoint.report.config, checkpoint.entries
+
+
+def open_kind(path: str | Path, kind: str, *, variant: str | None = None, ema: bool = True) -> Checkpoint:
+    """`open_checkpoint`, and UserError for a checkpoint of another kind."""
+    checkpoint = open_checkpoint(path, kind=kind, variant=variant, ema=ema)
+    if checkpoint.report.kind != kind:
+        got, wanted = (each.replace("_", " ") for each in (checkpoint.report.kind, kind))
+        raise UserError(f"{checkpoint.report.path} holds {got} weights; wanted {wanted} weights")
+    return checkpoint
 
 
 def open_checkpoint(
@@ -62,20 +74,15 @@ def open_checkpoint(
     for entry in entries.values():
         count, size = dtypes.get(entry.dtype, (0, 0))
         dtypes[entry.dtype] = (count + 1, size + entry.nbytes)
-    report = Report(
-        path=source.path,
-        kind=found,
-        format=format,
-        layout=source.layout,
-        dtypes=dtypes,
-        reasons=(*source.notes, *stripped),
-        metadata=metadata,
-        config=metadata and metadata.config,
-    )
-    if found != "network":
-        report = replace(report, reasons=(*report.reasons, f"{found}: it has {sign}"))
-        return Checkpoint(report, entries, source.config)
-    return _network(replace(source, entries=entries), report, variant)
+    report = Report(source.path, found, format, source.layout, dtypes, [*source.notes, *stripped], metadata)
+    if found == "network":
+        entries = _ours_of_network(report, entries)
+        report.config = network_config(report, dequantised(entries, torch.bfloat16), source.config)
+        choose_variant(report, variant)
+    else:
+        report.reasons.append(f"{found}: it has {sign}")
+        entries = encoders.recognise(report, entries, source.config)
+    return Checkpoint(report, entries)
 
 
 def _sign(path: Path, entries: Entries) -> str:
@@ -91,35 +98,27 @@ def _sign(path: Path, entries: Entries) -> str:
     raise UserError(f"{path} is no Wan network, VAE, text or image encoder: it holds {held}")
 
 
-def _network(source: Source, report: Report, variant: str | None) -> Checkpoint:
-    """Ours from any naming, then the sizes and the variant."""
-    stored = source.entries
+def _ours_of_network(report: Report, stored: Entries) -> Entries:
+    """A network's tensors with our names; the report gets the format and whether some are INT8."""
     is_diffusers = keys.is_diffusers(stored)
     entries = {keys.network_from_diffusers(n): e for n, e in stored.items()} if is_diffusers else stored
     entries = keys.from_turbodiffusion(entries)
-    floats = dequantised(entries, torch.bfloat16)
-    quantised = is_quantised(set(entries))
-    notes: list[str] = []
-    config = network_config(report, floats, source.config, notes)
-    sla = config["attention"]["name"] != "dense"
+    # each has integers and scales in place of one weight
+    quantised = len(entries) - len(dequantised(entries, torch.bfloat16))
     patch = stored["patch_embedding.weight"].shape
-    if source.layout == DCP:
-        format, reason = "dcp", "the folder is a torch.distributed.checkpoint"
+    if report.layout == DCP:
+        report.format, reason = "dcp", "the folder is a torch.distributed.checkpoint"
     elif is_diffusers:
-        format, reason = "diffusers", "names begin with condition_embedder."
+        report.format, reason = "diffusers", "names begin with condition_embedder."
     elif len(patch) == 2:
-        format = "turbodiffusion" if quantised or sla else "rcm"
+        report.format = "turbodiffusion" if quantised or any(map(keys.is_projection, entries)) else "rcm"
         reason = f"patch_embedding.weight is a matrix {patch}"
     elif report.metadata:
-        format, reason = report.format, "our metadata"
+        reason = "our metadata"
     else:
-        format, reason = "wan", f"original names, patch_embedding.weight is {len(patch)}-D, no metadata"
-    reasons = [*report.reasons, f"{format}: {reason}"]
+        reason = f"original names, patch_embedding.weight is {len(patch)}-D, no metadata"
+    report.reasons.append(f"{report.format}: {reason}")
     if quantised:
-        # each has integers and scales in place of one weight
-        count = len(entries) - len(floats)
-        reasons.append(f"quantised: {count} weights are INT8 in 128 x 128 tiles")
-    reasons += notes
-    report = replace(report, format=format, quantised=quantised, config=config)
-    report = choose_variant(report, variant, reasons)
-    return Checkpoint(replace(report, reasons=tuple(reasons)), entries, source.config)
+        report.quantised = True
+        report.reasons.append(f"quantised: {quantised} weights are INT8 in 128 x 128 tiles")
+    return entries

@@ -1,4 +1,4 @@
-"""The arguments of every kind of module, read from its checkpoint, and its tensors with our names."""
+"""VAEs and encoders: the arguments of their classes, and their tensors with our names."""
 
 import math
 from collections.abc import Callable
@@ -8,17 +8,13 @@ import torch
 import yaml
 
 from turbodiffusion.checkpoints import encoder_keys
-from turbodiffusion.checkpoints.detect import Checkpoint
 from turbodiffusion.checkpoints.keys import count_layers
-from turbodiffusion.checkpoints.metadata import Numbers
-from turbodiffusion.checkpoints.report import shape_of
+from turbodiffusion.checkpoints.metadata import Numbers, Report, shape_of
 from turbodiffusion.checkpoints.sources import Entries, mapped
 from turbodiffusion.checkpoints.vae_keys import vae_to_diffusers
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.variants import CONFIGS
-
-Sized = tuple[Numbers, Entries]
 
 # VideoVAE's arguments -> the names in diffusers' config.json
 VAE_CONFIG = {
@@ -41,42 +37,39 @@ _OURS = {
 _CLIP_HEAD_WIDTH = 80  # ViT-H
 
 
-def sized(checkpoint: Checkpoint, dtype: torch.dtype) -> Sized:
-    """The arguments of its class, less a text encoder's tokenizer, and its tensors; INT8 becomes `dtype`."""
-    report = checkpoint.report
+def recognise(report: Report, entries: Entries, folder_config: dict[str, object]) -> Entries:
+    """The tensors with our names; the report gets the arguments of the class, if metadata has not said."""
+    stated = report.metadata and report.metadata.config
     if report.kind == "vae":
-        return sized_vae(checkpoint)
-    if report.config is not None:
-        return report.config, checkpoint.floats(dtype)
-    entries = mapped(checkpoint.entries, _OURS[report.kind, report.format])
+        report.config = stated or _vae_config(report, entries, folder_config)
+        return _ours_of_vae(report.config, entries) if report.format == "diffusers" else entries
+    if stated:
+        report.config = stated
+        return entries
+    entries = mapped(entries, _OURS[report.kind, report.format])
     shape = partial(shape_of, report, entries)
     is_text = report.kind == "text_encoder"
-    config = _text_sizes(shape) if is_text else _image_sizes(shape, checkpoint.folder_config)
-    return {**config, "layers": count_layers(entries)}, entries
+    report.config = _text_sizes(shape) if is_text else _image_sizes(shape, folder_config)
+    report.config["layers"] = count_layers(entries)
+    return entries
 
 
-def sized_vae(checkpoint: Checkpoint) -> Sized:
-    """VideoVAE's arguments and tensors."""
-    report, entries = checkpoint.report, checkpoint.entries
-    config = report.config or _vae_config(checkpoint)
-    if report.format != "diffusers":
-        return config, entries
+def _ours_of_vae(config: Numbers, entries: Entries) -> Entries:
     with torch.device("meta"):
         names = VideoVAE(**config).state_dict()
     ours = {vae_to_diffusers(name, res_blocks=config["res_blocks"]): name for name in names}
-    return config, {ours.get(name, name): entry for name, entry in entries.items()}
+    return {ours.get(name, name): entry for name, entry in entries.items()}
 
 
-def _vae_config(checkpoint: Checkpoint) -> Numbers:
+def _vae_config(report: Report, entries: Entries, folder_config: dict[str, object]) -> Numbers:
     """From diffusers' config.json or, by its widths, a published VAE, whose statistics are known."""
-    report, stated = checkpoint.report, checkpoint.folder_config
     first, last = "encoder.conv1", "conv2"
     if report.format == "diffusers":
-        if "latents_mean" in stated:
-            given = {ours: stated.get(theirs) for ours, theirs in VAE_CONFIG.items()}
+        if "latents_mean" in folder_config:
+            given = {ours: folder_config.get(theirs) for ours, theirs in VAE_CONFIG.items()}
             return {name: value for name, value in given.items() if value is not None}
         first, last = "encoder.conv_in", "post_quant_conv"
-    base, channels = (shape_of(report, checkpoint.entries, f"{n}.weight", 5)[0] for n in (first, last))
+    base, channels = (shape_of(report, entries, f"{name}.weight", 5)[0] for name in (first, last))
     for name in ("wan2.1", "wan2.2"):
         config = yaml.safe_load((CONFIGS / "vae" / f"{name}.yaml").read_text())
         del config["_target_"]
@@ -101,12 +94,12 @@ def _text_sizes(shape: Callable[..., tuple[int, ...]]) -> Numbers:
     }
 
 
-def _image_sizes(shape: Callable[..., tuple[int, ...]], stated: dict[str, object]) -> Numbers:
+def _image_sizes(shape: Callable[..., tuple[int, ...]], folder_config: dict[str, object]) -> Numbers:
     dim, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
     return {
         "dim": dim,
         "ffn_dim": shape("encoder.layers.0.mlp.fc1.weight")[0],
-        "heads": stated.get("num_attention_heads", dim // _CLIP_HEAD_WIDTH),
+        "heads": folder_config.get("num_attention_heads", dim // _CLIP_HEAD_WIDTH),
         "patch": patch,
         "size": patch * math.isqrt(shape("embeddings.position_embedding.weight")[0] - 1),
     }

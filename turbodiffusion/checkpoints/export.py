@@ -10,7 +10,7 @@ import torch
 from turbodiffusion.checkpoints import keys
 from turbodiffusion.checkpoints.detect import Checkpoint
 from turbodiffusion.checkpoints.encoder_keys import text_to_published
-from turbodiffusion.checkpoints.encoders import VAE_CONFIG, sized
+from turbodiffusion.checkpoints.encoders import VAE_CONFIG
 from turbodiffusion.checkpoints.files import appearing_folder
 from turbodiffusion.checkpoints.loading import check_fit, kept_dtype, on_meta
 from turbodiffusion.checkpoints.metadata import Metadata, Numbers, class_of
@@ -47,12 +47,10 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Export:
     INT8 weights become `dtype`, else bf16.  With a `dtype` a network's norms and modulation become fp32.
     """
     report = checkpoint.report
-    config, entries = sized(checkpoint, dtype or torch.bfloat16)
-    make = partial(class_of(report.kind), **config)
-    if report.kind == "text_encoder":
-        # no text is read here, so any tokenizer does
-        make = partial(make, tokenizer=ByteTokenizer())
-    module = on_meta(make, report.path)
+    entries = checkpoint.floats(dtype or torch.bfloat16)
+    # no text is read here, so any tokenizer does
+    tokenizer = {"tokenizer": ByteTokenizer()} if report.kind == "text_encoder" else {}
+    module = on_meta(partial(class_of(report.kind), **report.config, **tokenizer), report.path)
     check_fit(module, entries, report.path)
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}

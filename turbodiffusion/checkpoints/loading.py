@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from turbodiffusion.checkpoints.detect import Checkpoint, open_checkpoint
-from turbodiffusion.checkpoints.encoders import sized
+from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.locate import locate
-from turbodiffusion.checkpoints.metadata import class_of
-from turbodiffusion.checkpoints.report import Report
+from turbodiffusion.checkpoints.metadata import Report, class_of
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer, FileTokenizer
@@ -56,12 +54,11 @@ def load_network(
     Norms and modulation stay fp32 whatever `dtype`.  `variant` settles what keys can not tell; `ema` takes
     the moving average from a training checkpoint that has both.  UserError for a file that does not fit.
     """
-    checkpoint = _open(path, "network", variant=variant, ema=ema)
+    checkpoint = open_kind(path, "network", variant=variant, ema=ema)
     report = checkpoint.report
     if report.variant is None:
         choices = ", ".join(report.candidates) or "the one whose task and channels it shares"
         raise UserError(f"{report.path} does not say its variant; pass variant= with one of {choices}")
-    assert report.sampling
     network = _build(checkpoint, WanModel, device, dtype)
     own = replace(named_variant(report.variant), network=network.config)
     return LoadedNetwork(network, own, report.sampling, report)
@@ -69,7 +66,7 @@ def load_network(
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
     """A VAE: ours, the published .pth or diffusers'.  Raises UserError for a file that does not fit."""
-    return _build(_open(path, "vae"), VideoVAE, device, dtype)
+    return _build(open_kind(path, "vae"), VideoVAE, device, dtype)
 
 
 def load_text_encoder(
@@ -91,12 +88,12 @@ def load_text_encoder(
             reader = FileTokenizer(tokenizer or locate("tokenizer", "umt5_xxl", Path(path)))
         return class_of("text_encoder")(tokenizer=reader, vocab=vocab, **sizes)
 
-    return _build(_open(path, "text_encoder"), make, device, dtype)
+    return _build(open_kind(path, "text_encoder"), make, device, dtype)
 
 
 def load_image_encoder(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
     """A CLIP image tower.  Raises UserError for a file that does not fit."""
-    return _build(_open(path, "image_encoder"), class_of("image_encoder"), device, dtype)
+    return _build(open_kind(path, "image_encoder"), class_of("image_encoder"), device, dtype)
 
 
 def fill(module: nn.Module, entries: Entries, path: Path, place: Place) -> None:
@@ -142,19 +139,11 @@ def check_fit(module: nn.Module, entries: Entries, path: Path) -> None:
         raise UserError(f"{path} does not fit {type(module).__name__}; {'; '.join(said)}")
 
 
-def _open(path: str | Path, kind: str, *, variant: str | None = None, ema: bool = True) -> Checkpoint:
-    checkpoint = open_checkpoint(path, kind=kind, variant=variant, ema=ema)
-    if checkpoint.report.kind != kind:
-        got, wanted = (each.replace("_", " ") for each in (checkpoint.report.kind, kind))
-        raise UserError(f"{checkpoint.report.path} holds {got} weights; wanted {wanted} weights")
-    return checkpoint
-
-
 def _build(
     checkpoint: Checkpoint, make: Callable[..., Module], device: torch.device | str, dtype: torch.dtype
 ) -> Module:
-    kind, path = checkpoint.report.kind, checkpoint.report.path
-    config, entries = sized(checkpoint, dtype)
-    module = on_meta(partial(make, **config), path)
-    fill(module, entries, path, lambda name: (device, kept_dtype(kind, name, dtype)))
+    report = checkpoint.report
+    module = on_meta(partial(make, **report.config), report.path)
+    entries = checkpoint.floats(dtype)
+    fill(module, entries, report.path, lambda name: (device, kept_dtype(report.kind, name, dtype)))
     return module

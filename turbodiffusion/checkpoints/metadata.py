@@ -1,18 +1,20 @@
-"""What our safetensors say about themselves, as JSON under one key of the header."""
+"""What a checkpoint is: as our safetensors say about themselves, and as it was found out."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from turbodiffusion.attention import Attention
+from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import Sampling
 
-KEY = "turbodiffusion"
+KEY = "turbodiffusion"  # of the header's entry that holds a Metadata as JSON
 KINDS = ("network", "vae", "text_encoder", "image_encoder")
 VERSION = 1
 
@@ -35,24 +37,52 @@ class Metadata:
         return {"format": "pt", KEY: json.dumps({"version": VERSION, **asdict(self)}, ensure_ascii=False)}
 
 
+@dataclass
+class Report:
+    """What was found, filled step by step.  `reasons` says why, one sentence each.
+
+    None means that nothing can tell.
+    """
+
+    path: Path
+    kind: str  # one of KINDS
+    format: str  # ours, wan, rcm, turbodiffusion, diffusers, dcp
+    layout: str
+    dtypes: dict[torch.dtype, tuple[int, int]]  # number of tensors and bytes, as stored
+    reasons: list[str]
+    metadata: Metadata | None = None
+    config: Numbers | None = None  # of a text encoder less its tokenizer
+    candidates: tuple[str, ...] = ()
+    variant: str | None = None
+    sampling: Sampling | None = None
+    expert: str | None = None  # high or low
+    quantised: bool = False
+
+
+def shape_of(report: Report, entries: Entries, name: str, axes: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that tells sizes; UserError if it is missing or has not that many axes."""
+    if name not in entries or len(entries[name].shape) != axes:
+        kind = f"a Wan {report.kind.replace('_', ' ')}"
+        raise UserError(f"{report.path} looks like {kind} but its {name} is missing or not {axes}-D")
+    return entries[name].shape
+
+
 def read_metadata(header: dict[str, str], path: Path) -> Metadata | None:
     """Our part of a safetensors header, or None.  Raises UserError if it can not be understood."""
     if KEY not in header:
         return None
     try:
         stored = json.loads(header[KEY])
-        version = stored.pop("version")
-        if version != VERSION:
-            raise UserError(f"{path} has metadata version {version}, wanted {VERSION}; update the code")
-        if stored["kind"] not in KINDS:
-            raise UserError(f"{path} is of kind {stored['kind']!r}, this code reads {', '.join(KINDS)}")
-        sampling = stored.pop("sampling", None)
-        history = tuple(stored.pop("history", ()))
-        return Metadata(**stored, sampling=sampling and Sampling(**sampling), history=history)
-    except UserError:
-        raise
+        version, kind = stored.pop("version"), stored.get("kind")
+        sampling, history = stored.pop("sampling", None), tuple(stored.pop("history", ()))
+        if version == VERSION and kind in KINDS:
+            return Metadata(**stored, sampling=sampling and Sampling(**sampling), history=history)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} carries metadata that can not be understood: {error}") from error
+    raise UserError(
+        f"{path} has metadata version {version} of a {kind}; this code reads version {VERSION} of a "
+        f"{', '.join(KINDS)}: update it"
+    )
 
 
 def class_of(kind: str) -> type[nn.Module]:

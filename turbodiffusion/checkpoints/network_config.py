@@ -2,14 +2,12 @@
 
 import inspect
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from turbodiffusion.attention import DENSE, Attention, chosen
+from turbodiffusion.attention import DENSE, chosen
 from turbodiffusion.checkpoints.keys import count_layers, is_projection
-from turbodiffusion.checkpoints.metadata import Numbers
-from turbodiffusion.checkpoints.report import Report, shape_of
+from turbodiffusion.checkpoints.metadata import Numbers, Report, shape_of
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import CLIP_TOKENS, WanModel
@@ -21,18 +19,22 @@ _ARGUMENTS = {name: p.default for name, p in inspect.signature(WanModel).paramet
 _DEFAULTS = {name: default for name, default in _ARGUMENTS.items() if isinstance(default, int)}
 
 
-def network_config(
-    report: Report, entries: Entries, folder_config: dict[str, object], reasons: list[str]
-) -> Numbers:
+def network_config(report: Report, entries: Entries, folder_config: dict[str, object]) -> Numbers:
     """WanModel's arguments.  What shapes can not tell: metadata, config.json or the variant of that size."""
-    attention = _attention(report, entries, reasons)
     if report.metadata:
-        if differing := (report.metadata.config.keys() | {"attention"}) ^ _ARGUMENTS.keys():
+        config = {"attention": dict(DENSE), **report.metadata.config}
+        if differing := config.keys() ^ _ARGUMENTS.keys():
             raise UserError(f"{report.path} carries metadata with other sizes than WanModel's: {differing}")
-        reasons.append("sizes: from our metadata")
-        return {**report.metadata.config, "attention": attention}
+        report.reasons.append("sizes: from our metadata")
+        return config
+    attention = dict(DENSE)
+    if any(map(is_projection, entries)):
+        attention = chosen(DENSE, {"name": "sla"})
+        report.reasons.append(
+            f"SLA: there is proj_l; no file says more, so as published ones were trained: {attention}"
+        )
     seen = _sizes(report, entries)
-    reasons.append("sizes, from shapes: " + ", ".join(f"{name} {size}" for name, size in seen.items()))
+    report.reasons.append("sizes, from shapes: " + ", ".join(f"{name} {size}" for name, size in seen.items()))
     known = next((_network(name) for name in _fitting(seen)), _DEFAULTS)
     heads = folder_config.get("num_heads", folder_config.get("num_attention_heads")) or known.get("heads")
     length = folder_config.get("text_len") or known["text_length"]
@@ -42,54 +44,54 @@ def network_config(
             raise UserError(
                 f"{report.path} does not say its heads: width {seen['dim']} is no multiple of 128"
             )
-    reasons.append(f"heads {heads} and text length {length}: from config.json, the variant, or Wan's usual")
+    report.reasons.append(
+        f"heads {heads} and text length {length}: from config.json, the variant, or Wan's usual"
+    )
     return {**seen, "heads": heads, "text_length": length, "attention": attention}
 
 
-def choose_variant(report: Report, asked: str | None, reasons: list[str]) -> Report:
-    """The report with candidates, variant, expert, sampling: asked for, stated, the only one or guessed."""
-    assert report.config
-    fitting = _fitting(report.config)
-    reasons.append(f"variants of these sizes: {', '.join(fitting) or 'none'}")
+def choose_variant(report: Report, asked: str | None) -> None:
+    """Give the report candidates, variant, expert, sampling: asked for, stated, the only one or guessed."""
+    report.candidates = fitting = _fitting(report.config)
+    say = report.reasons.append
+    say(f"variants of these sizes: {', '.join(fitting) or 'none'}")
     name = asked or (report.metadata and report.metadata.variant)
     if name:
-        reasons.append(f"variant: {name}, " + ("as asked" if asked else "from our metadata"))
-        _check_asked(report, named_variant(name), fitting)
+        say(f"variant: {name}, " + ("as asked" if asked else "from our metadata"))
+        _check_asked(report, named_variant(name))
     elif len(fitting) == 1:
         name = fitting[0]
     elif name := _named_in(report.path, fitting):
-        reasons.append(f"variant: {name}, a guess from the file's name; variant= overrides it")
+        say(f"variant: {name}, a guess from the file's name; variant= overrides it")
     elif fitting:
-        reasons.append("variant: shapes can not tell these apart and the name does not say; pass variant=")
-    report = replace(report, candidates=fitting, variant=name)
-    return _sampling(report, variants()[name], reasons) if name else report
+        say("variant: shapes can not tell these apart and the name does not say; pass variant=")
+    if name:
+        report.variant = name
+        _choose_sampling(report, variants()[name])
 
 
-def _sampling(report: Report, variant: Variant, reasons: list[str]) -> Report:
-    """The report with the expert and the sampling."""
-    expert = _expert(report.path) if variant.experts else None
+def _choose_sampling(report: Report, variant: Variant) -> None:
+    """Give the report the expert and the sampling."""
+    say = report.reasons.append
     if variant.experts:
-        said = f"{expert} noise, from the name" if expert else "the name does not say"
-        reasons.append(f"expert: keys can not tell high from low noise; {said}")
-    sampling = variant.sampling
+        report.expert = _expert(report.path)
+        said = f"{report.expert} noise, from the name" if report.expert else "the name does not say"
+        say(f"expert: keys can not tell high from low noise; {said}")
     if report.metadata and report.metadata.sampling:
-        sampling = report.metadata.sampling
-        reasons.append(f"sampling: from our metadata ({sampling.sampler})")
+        report.sampling = report.metadata.sampling
+        say(f"sampling: from our metadata ({report.sampling.sampler})")
     elif any(re.search(r"turbowan|(^|[^a-z])rcm([^a-z]|$)", part) for part in _parts(report.path)[:2]):
         # the published students start at these noise levels
-        sampling = sampling.as_student(80.0 if "t2v" in variant.tasks else 200.0)
-        reasons.append("student: a guess from the name; keys can not tell teacher from student")
+        report.sampling = variant.sampling.as_student(80.0 if "t2v" in variant.tasks else 200.0)
+        say("student: a guess from the name; keys can not tell teacher from student")
     else:
-        reasons.append("teacher: assumed; keys can not tell, and the name does not say student")
-    return replace(report, expert=expert, sampling=sampling)
+        report.sampling = variant.sampling
+        say("teacher: assumed; keys can not tell, and the name does not say student")
 
 
-def _check_asked(report: Report, variant: Variant, fitting: tuple[str, ...]) -> None:
+def _check_asked(report: Report, variant: Variant) -> None:
     """A network of unknown size may take any variant whose inputs and outputs it shares."""
-    if variant.name in fitting:
-        return
-    wanted, got = _network(variant.name), report.config
-    assert got
+    wanted, got, fitting = _network(variant.name), report.config, report.candidates
     compared = wanted if fitting else ("in_channels", "out_channels", "clip_tokens", "text_dim")
     if differing := [
         f"{name} {got[name]} (wanted {wanted[name]})" for name in compared if got[name] != wanted[name]
@@ -125,17 +127,6 @@ def _sizes(report: Report, entries: Entries) -> dict[str, int]:
         "freq_dim": shape("time_embedding.0.weight")[1],
         "clip_tokens": clip_tokens,
     }
-
-
-def _attention(report: Report, entries: Entries, reasons: list[str]) -> Attention:
-    """From metadata; else sparse-linear where there is a projection, with the defaults of its core."""
-    if report.metadata and "attention" in report.metadata.config:
-        return report.metadata.config["attention"]
-    if not any(is_projection(name) for name in entries):
-        return dict(DENSE)
-    attention = chosen(DENSE, {"name": "sla"})
-    reasons.append(f"SLA: there is proj_l; no file says more, so as published ones were trained: {attention}")
-    return attention
 
 
 def _parts(path: Path) -> list[str]:

@@ -31,10 +31,10 @@ def save(
     The file appears whole or not at all, and replaces what was there.  Raises UserError if that fails.
     weights are written in place of the module's own.
     """
-    config = module.config
-    if "attention" in config:
+    kind, config = kind_of(module), module.config
+    if kind == "network":
         config = config | {"attention": trained(config["attention"])}
-    metadata = Metadata(kind_of(module), config, variant, sampling, tuple(history or ()))
+    metadata = Metadata(kind, config, variant, sampling, tuple(history or ()))
     tensors = module.state_dict() if weights is None else weights
     entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
     write_safetensors(Path(path).expanduser(), entries, metadata.header())

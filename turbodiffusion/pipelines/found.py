@@ -15,8 +15,7 @@ from turbodiffusion.checkpoints import (
     load_vae,
     locate,
 )
-from turbodiffusion.checkpoints.detect import open_checkpoint
-from turbodiffusion.checkpoints.encoders import sized_vae
+from turbodiffusion.checkpoints.detect import open_checkpoint, sized_vae
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
