@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from tests.models.published import published_image_encoder
 from turbodiffusion.checkpoints import (
     load_image_encoder,
     load_network,
@@ -17,7 +18,7 @@ from turbodiffusion.checkpoints import (
     save,
 )
 from turbodiffusion.checkpoints.detect import open_checkpoint, sized_vae
-from turbodiffusion.checkpoints.encoder_keys import image_to_published, text_to_published
+from turbodiffusion.checkpoints.encoder_keys import text_to_published
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.clip import ImageEncoder
 from turbodiffusion.models.text import TextEncoder
@@ -133,7 +134,7 @@ def test_an_image_encoder_loads_from_every_format(kind: str, tmp_path: Path) -> 
     if kind == "ours":
         save(path := tmp_path / "x.safetensors", ours)
     elif kind == "published":
-        state = image_to_published(ours.state_dict()) | {"textual.token_embedding.weight": torch.ones(2)}
+        state = published_image_encoder(ours.state_dict()) | {"textual.token_embedding.weight": torch.ones(2)}
         torch.save(state, path := tmp_path / "x.pth")
     else:
         theirs = CLIPVisionModel(

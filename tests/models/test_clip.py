@@ -4,11 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from turbodiffusion.checkpoints.encoder_keys import (
-    image_from_published,
-    image_from_transformers,
-    image_to_published,
-)
+from tests.models.published import published_image_encoder
+from turbodiffusion.checkpoints.encoder_keys import image_from_published, image_from_transformers
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.clip import ImageEncoder
 
@@ -126,7 +123,7 @@ def _published_shapes(layers: int) -> dict[str, tuple[int, ...]]:
 def test_vit_h_maps_to_the_published_names_and_back() -> None:
     with torch.device("meta"):
         ours = ImageEncoder().state_dict()
-    published = image_to_published(ours)
+    published = published_image_encoder(ours)
     assert {name: tuple(x.shape) for name, x in published.items()} == _published_shapes(31)
     back = image_from_published(published)
     assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in ours.items()}
@@ -168,7 +165,7 @@ def test_transformers_file_loads_with_and_without_its_prefix(prefix: str) -> Non
 
 def test_values_survive_the_round_trip_and_fused_rows_are_query_key_value() -> None:
     ours = _encoder(_transformers(layers=2), layers=2).state_dict()
-    published = image_to_published(ours)
+    published = published_image_encoder(ours)
     q, k, v = (ours[f"encoder.layers.1.self_attn.{x}_proj.bias"] for x in "qkv")
     assert torch.equal(published["visual.transformer.1.attn.to_qkv.bias"], torch.cat((q, k, v)))
     back = image_from_published(published)

@@ -15,7 +15,7 @@ from turbodiffusion.checkpoints.files import appearing_folder
 from turbodiffusion.checkpoints.loading import check_fit, kept_dtype, on_meta
 from turbodiffusion.checkpoints.metadata import Metadata, Numbers, class_of
 from turbodiffusion.checkpoints.saving import write_json, write_safetensors, write_shards, write_torch
-from turbodiffusion.checkpoints.sources import Entries, mapped
+from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.checkpoints.vae_keys import vae_to_diffusers
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer
@@ -176,7 +176,7 @@ _FORMATS = {
     },
     "text_encoder": {
         "ours": _OURS,
-        "wan": Format((".pth",), lambda entries, _: mapped(entries, text_to_published)),
+        "wan": Format((".pth",), lambda entries, _: text_to_published(entries)),
     },
     "image_encoder": {"ours": _OURS},
 }

@@ -25,16 +25,19 @@ def count_layers(names: Iterable[str]) -> int:
     return 1 + max(int(number) for _, number in map(take_number, names) if number)
 
 
-def _rename(name: str, table: dict[str, str]) -> str:
+def rename(name: str, table: dict[str, str]) -> str | None:
+    """What the table has for a tensor's name; {} stands for the layer's number."""
     template, number = take_number(name)
-    return table[template].replace("{}", number) if template in table else name
+    return table[template].format(number) if template in table else None
 
 
-def _with_leaves(modules: dict[str, str]) -> dict[str, str]:
+def with_leaves(modules: dict[str, str]) -> dict[str, str]:
+    """Names of tensors from names of modules."""
     return {one + leaf: other + leaf for one, other in modules.items() for leaf in _LEAVES}
 
 
-def _inverse(table: dict[str, str]) -> dict[str, str]:
+def inverse(table: dict[str, str]) -> dict[str, str]:
+    """From the second name to the first."""
     return {other: one for one, other in table.items()}
 
 
@@ -43,7 +46,7 @@ _ATTENTION = {
     **{"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"},
 }
 # diffusers' WanTransformer3DModel
-_TO_DIFFUSERS = _with_leaves(
+_TO_DIFFUSERS = with_leaves(
     {
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
         "text_embedding.2": "condition_embedder.text_embedder.linear_2",
@@ -67,10 +70,10 @@ _TO_DIFFUSERS = _with_leaves(
     }
 )
 _SLA = "blocks.{}.self_attn.core.proj_l"
-_TO_TURBODIFFUSION = _with_leaves({_SLA: "blocks.{}.self_attn.attn_op.local_attn.proj_l"})
-_FROM_TURBODIFFUSION = _inverse(_TO_TURBODIFFUSION)
+_TO_TURBODIFFUSION = with_leaves({_SLA: "blocks.{}.self_attn.attn_op.local_attn.proj_l"})
+_FROM_TURBODIFFUSION = inverse(_TO_TURBODIFFUSION)
 # converters outside this project have three names for SLA's projection in diffusers-like files
-_FROM_DIFFUSERS = _inverse(_TO_DIFFUSERS) | _with_leaves(
+_FROM_DIFFUSERS = inverse(_TO_DIFFUSERS) | with_leaves(
     {
         "blocks.{}.attn1.attn_op.local_attn.proj_l": _SLA,
         "blocks.{}.attn1.local_attn.proj_l": _SLA,
@@ -91,17 +94,17 @@ def is_diffusers(names: Iterable[str]) -> bool:
 
 def network_from_diffusers(name: str) -> str:
     """Ours from diffusers' name of a tensor; a name that is not in the table stays as it is."""
-    return _rename(name, _FROM_DIFFUSERS)
+    return rename(name, _FROM_DIFFUSERS) or name
 
 
 def network_to_diffusers(name: str) -> str:
     """The inverse of network_from_diffusers."""
-    return _rename(name, _TO_DIFFUSERS)
+    return rename(name, _TO_DIFFUSERS) or name
 
 
 def from_turbodiffusion(entries: Entries) -> Entries:
     """Ours from rCM and TurboDiffusion files: patch weight (D, 4 in) -> (D, in, 1, 2, 2), and SLA moves."""
-    renamed = {_rename(name, _FROM_TURBODIFFUSION): entry for name, entry in entries.items()}
+    renamed = {rename(name, _FROM_TURBODIFFUSION) or name: entry for name, entry in entries.items()}
     patch = renamed.get(_PATCH)
     if patch is not None and len(patch.shape) == 2 and patch.shape[1] % 4 == 0:
         renamed[_PATCH] = _reshaped(patch, (patch.shape[0], patch.shape[1] // 4, 1, 2, 2))
@@ -110,7 +113,7 @@ def from_turbodiffusion(entries: Entries) -> Entries:
 
 def to_turbodiffusion(entries: Entries) -> Entries:
     """The inverse of from_turbodiffusion."""
-    renamed = {_rename(name, _TO_TURBODIFFUSION): entry for name, entry in entries.items()}
+    renamed = {rename(name, _TO_TURBODIFFUSION) or name: entry for name, entry in entries.items()}
     patch = renamed[_PATCH]
     return renamed | {_PATCH: _reshaped(patch, (patch.shape[0], 4 * patch.shape[1]))}
 
