@@ -76,8 +76,7 @@ def open_checkpoint(
         dtypes[entry.dtype] = (count + 1, size + entry.nbytes)
     report = Report(source.path, found, format, source.layout, dtypes, [*source.notes, *stripped], metadata)
     if found == "network":
-        entries = _ours_of_network(report, entries)
-        report.config = network_config(report, dequantised(entries, torch.bfloat16), source.config)
+        entries = _recognise_network(report, entries, source.config)
         choose_variant(report, variant)
     else:
         report.reasons.append(f"{found}: it has {sign}")
@@ -98,13 +97,14 @@ def _sign(path: Path, entries: Entries) -> str:
     raise UserError(f"{path} is no Wan network, VAE, text or image encoder: it holds {held}")
 
 
-def _ours_of_network(report: Report, stored: Entries) -> Entries:
-    """A network's tensors with our names; the report gets the format and whether some are INT8."""
+def _recognise_network(report: Report, stored: Entries, folder_config: dict[str, object]) -> Entries:
+    """The tensors with our names; the report gets the format, whether some are INT8, and the sizes."""
     is_diffusers = keys.is_diffusers(stored)
     entries = {keys.network_from_diffusers(n): e for n, e in stored.items()} if is_diffusers else stored
     entries = keys.from_turbodiffusion(entries)
+    floats = dequantised(entries, torch.bfloat16)
     # each has integers and scales in place of one weight
-    quantised = len(entries) - len(dequantised(entries, torch.bfloat16))
+    quantised = len(entries) - len(floats)
     patch = stored["patch_embedding.weight"].shape
     if report.layout == DCP:
         report.format, reason = "dcp", "the folder is a torch.distributed.checkpoint"
@@ -121,4 +121,5 @@ def _ours_of_network(report: Report, stored: Entries) -> Entries:
     if quantised:
         report.quantised = True
         report.reasons.append(f"quantised: {quantised} weights are INT8 in 128 x 128 tiles")
+    report.config = network_config(report, floats, folder_config)
     return entries

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from turbodiffusion.attention import DENSE
 from turbodiffusion.checkpoints import keys
 from turbodiffusion.checkpoints.detect import Checkpoint
 from turbodiffusion.checkpoints.encoder_keys import text_to_published
@@ -67,6 +68,8 @@ def write(export: Export, path: Path, format: str, max_shard: int) -> None:
     """
     kind, config = export.metadata.kind, export.metadata.config
     suffix = check_destination(kind, path, format)
+    if format in ("wan", "diffusers") and config.get("attention", DENSE)["name"] != "dense":
+        raise UserError("that format has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
     target = _FORMATS[kind][format]
     entries = target.names(export.entries, config) if target.names else export.entries
     header = replace(export.metadata, format=format).header()
@@ -94,15 +97,8 @@ def check_destination(kind: str, path: Path, format: str) -> str:
     return suffix
 
 
-def _dense(entries: Entries, config: Numbers) -> Entries:
-    """The entries of a network that Wan's and diffusers' code can run."""
-    if config["attention"]["name"] != "dense":
-        raise UserError("that format has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
-    return entries
-
-
-def _network_to_diffusers(entries: Entries, config: Numbers) -> Entries:
-    return {keys.network_to_diffusers(name): entry for name, entry in _dense(entries, config).items()}
+def _network_to_diffusers(entries: Entries, _: Numbers) -> Entries:
+    return {keys.network_to_diffusers(name): entry for name, entry in entries.items()}
 
 
 def _vae_to_diffusers(entries: Entries, config: Numbers) -> Entries:
@@ -165,7 +161,7 @@ _OURS = Format((".safetensors",))
 _FORMATS = {
     "network": {
         "ours": Format((".safetensors", "")),
-        "wan": Format((".safetensors", ""), _dense, _wan_config),
+        "wan": Format((".safetensors", ""), config=_wan_config),
         "diffusers": Format(("",), _network_to_diffusers, _diffusers_config),
         "turbodiffusion": Format((".pth",), lambda entries, _: keys.to_turbodiffusion(entries)),
     },

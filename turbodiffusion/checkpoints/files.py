@@ -15,8 +15,7 @@ def appearing(path: Path, size: int = 0) -> Iterator[Path]:
 
     Raises UserError if the disk lacks `size` bytes, or whatever else keeps the file from being written.
     """
-    part = _beside(path)
-    try:
+    with _beside(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
@@ -25,21 +24,15 @@ def appearing(path: Path, size: int = 0) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} could not be written ({reason}); no partial file was left") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder.  An old one is replaced if it holds only files that the new one has too."""
-    part = _beside(path)
-    try:
+    with _beside(path) as part:
         part.mkdir(parents=True)
         yield part
-        old = _beside(path).with_suffix(".old")
+        old = part.with_suffix(".old")
         if path.exists():
             if foreign := sorted({p.name for p in path.iterdir()} - {p.name for p in part.iterdir()}):
                 names = ", ".join(foreign[:5])
@@ -47,12 +40,15 @@ def appearing_folder(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(part, path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path} could not be written ({reason}); no partial folder was left") from error
+        raise UserError(f"{path} could not be written ({reason}); nothing partial was left") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)

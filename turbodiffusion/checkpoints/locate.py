@@ -40,7 +40,10 @@ def locate(kind: str, name: str, beside: Path, *, given: str | Path | None = Non
             raise UserError(f"{kind} {path} does not exist; give an existing file or folder")
         return path
     publisher, *files = _PUBLISHED[kind, name]
-    folders = _folders(beside)
+    beside = beside.expanduser().absolute()
+    own = beside if beside.is_dir() else beside.parent
+    stated = Path(os.environ.get(FOLDER_VARIABLE) or "weights").expanduser()
+    folders = [own, own.parent, stated, Path("weights"), ASSETS]
     for path in (folder / file for folder in folders for file in files):
         if path.exists():
             return path
@@ -49,12 +52,3 @@ def locate(kind: str, name: str, beside: Path, *, given: str | Path | None = Non
         f"no {kind.replace('_', ' ')} {name}: looked for {' or '.join(files)} in {places}; "
         f"get it from {publisher}, or say where it is with {kind}="
     )
-
-
-def _folders(beside: Path) -> list[Path]:
-    beside = beside.expanduser().absolute()
-    own = beside if beside.is_dir() else beside.parent
-    folders = [own, own.parent]
-    if stated := os.environ.get(FOLDER_VARIABLE):
-        folders.append(Path(stated).expanduser())
-    return [*folders, Path("weights"), ASSETS]

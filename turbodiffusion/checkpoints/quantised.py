@@ -11,11 +11,6 @@ from turbodiffusion.errors import UserError
 TILE = 128
 
 
-def is_quantised(names: set[str]) -> bool:
-    """Whether some weights are stored as integers and scales."""
-    return any(name.endswith((".int8_weight", ".weight_scale_inv")) for name in names)
-
-
 def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
     """weight (out, in) int8 times its tile's scale (ceil(out / 128), ceil(in / 128)) -> fp32 (out, in)."""
     rows, columns = weight.shape

@@ -73,15 +73,15 @@ def write_shards(folder: Path, entries: Entries, header: dict[str, str], max_sha
         shards[-1][name] = entry
         size += entry.nbytes
     if len(shards) == 1:
-        files = {f"{STEM}.safetensors": entries}
-    else:
-        files = {SHARD_NAME.format(STEM, n, len(shards)): shard for n, shard in enumerate(shards, 1)}
-    for file, shard in files.items():
+        write_safetensors(folder / f"{STEM}.safetensors", entries, header)
+        return
+    placed = {}
+    for number, shard in enumerate(shards, 1):
+        file = SHARD_NAME.format(STEM, number, len(shards))
         write_safetensors(folder / file, shard, header)
-    if len(shards) > 1:
-        placed = {name: file for file, shard in files.items() for name in shard}
-        total = sum(entry.nbytes for entry in entries.values())
-        write_json(folder / (STEM + INDEX_SUFFIX), {"metadata": {"total_size": total}, "weight_map": placed})
+        placed |= dict.fromkeys(shard, file)
+    total = sum(entry.nbytes for entry in entries.values())
+    write_json(folder / (STEM + INDEX_SUFFIX), {"metadata": {"total_size": total}, "weight_map": placed})
 
 
 def write_torch(path: Path, entries: Entries) -> None:

@@ -100,7 +100,11 @@ def open_source(path: str | Path, part: str = "transformer") -> Source:
         return _open_index(path)
     if shard := _SHARD.fullmatch(path.name):
         index = path.with_name(shard["stem"] + INDEX_SUFFIX)
-        return _open_index(index) if index.exists() else _open_shards([path])
+        if index.exists():
+            return _open_index(index)
+        total = int(shard["total"])
+        names = [SHARD_NAME.format(shard["stem"], number, total) for number in range(1, total + 1)]
+        return _open_shards([path.with_name(name) for name in names])
     return _open_file(path)
 
 
@@ -114,20 +118,19 @@ def _open_folder(folder: Path, part: str) -> Source:
         return _open_folder(inner, part)
     if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
         raise UserError(f"{folder} holds two experts; give its high_noise_model or its low_noise_model")
-    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
-    if len(indices) == 1:
-        return _open_index(indices[0])
-    files = sorted(folder.glob("*.safetensors"))
-    shards = [_SHARD.fullmatch(file.name) for file in files]
-    if all(shards) and len({shard["stem"] for shard in shards}) == 1:
-        return _open_shards(files)
-    if len(files) == 1:
-        return replace(_open_file(files[0]), path=folder, config=_config_beside(files[0]))
-    files += [*sorted(folder.glob("*.pth")), *sorted(folder.glob("*.pt"))]
+    files = (
+        sorted(folder.glob("*" + INDEX_SUFFIX))
+        or sorted(folder.glob("*.safetensors"))
+        or sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
+    )
     if not files:
         raise UserError(f"folder {folder} holds no checkpoint")
-    names = ", ".join(file.name for file in files[:6])
-    raise UserError(f"folder {folder} holds several files ({names}); give one of them")
+    # shards of one set count once
+    sets = {shard.groups() if (shard := _SHARD.fullmatch(file.name)) else file.name for file in files}
+    if len(sets) > 1:
+        names = ", ".join(file.name for file in files[:6])
+        raise UserError(f"folder {folder} holds several files ({names}); give one of them")
+    return replace(open_source(files[0]), path=folder, config=_config_beside(files[0]))
 
 
 def _open_index(index: Path) -> Source:
@@ -145,11 +148,6 @@ def _open_index(index: Path) -> Source:
 
 
 def _open_shards(files: list[Path]) -> Source:
-    """Shards as one source; a numbered shard brings in the rest of its set."""
-    if shard := _SHARD.fullmatch(files[0].name):
-        total = int(shard["total"])
-        names = (SHARD_NAME.format(shard["stem"], number, total) for number in range(1, total + 1))
-        files = sorted({*files, *(files[0].with_name(name) for name in names)})
     folder = files[0].parent
     if missing := [file.name for file in files if not file.is_file()]:
         names = ", ".join(missing[:5])
