@@ -20,9 +20,10 @@ from turbodiffusion.models.vae_tiling import TILE, decode_bytes, decode_tiled, e
 from turbodiffusion.models.wan import CLIP_TOKENS, PATCH, WanModel
 from turbodiffusion.pipelines.conditioning import condition, known_frames
 from turbodiffusion.pipelines.offload import Offload, Residence
-from turbodiffusion.pipelines.schedule import run_sampler, sampling_times
+from turbodiffusion.pipelines.schedule import TEACHERS, sampling_times
 from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, latent_frames
 from turbodiffusion.samplers.denoiser import Denoiser
+from turbodiffusion.samplers.few_step import sample_rcm
 from turbodiffusion.samplers.noise import SampleNoise
 from turbodiffusion.variants import Sampling
 
@@ -42,11 +43,6 @@ class Models:
     network_low: WanModel | None = None
     image_encoder: ImageEncoder | None = None
 
-    @property
-    def multiple(self) -> int:
-        """What width and height must divide by."""
-        return self.vae.spatial_factor * PATCH[-1]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
@@ -65,7 +61,7 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A Clip as the network sees it."""
+    """A Clip as the network sees it: the latents' shape, and what a Denoiser calls by the same names."""
 
     shape: tuple[int, int, int, int]  # of the latents of one sample: z, T, h, w
     context: Tensor
@@ -87,17 +83,17 @@ class Watch:
     def stage(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
         """Time the block, which may report how much of the total is done."""
         start = perf_counter()
-        report = partial(self._report, name, total)
+
+        def report(done: int) -> None:
+            if self.on_progress is not None:
+                self.on_progress(name, done, total)
+
         report(0)
         yield report
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
         report(total)
-
-    def _report(self, name: str, total: int, done: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(name, done, total)
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,12 @@ class Generated:
 
     frames: Tensor
     seconds: dict[str, float]
+
+
+def latent_shape(vae: VideoVAE, frames: int, size: Size) -> tuple[int, int, int, int]:
+    """The latents of one clip: z, T, h, w."""
+    height, width = size.height // vae.spatial_factor, size.width // vae.spatial_factor
+    return vae.latent_channels, latent_frames(frames), height, width
 
 
 def vae_chunk(vae: VideoVAE, latents: Sequence[int], *, tiled: bool) -> int:
@@ -162,23 +164,14 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, clip: Clip, watch: Watch) -> Encoded:
         """Texts and pictures, once for any number of seeds."""
+        vae = self.models.vae
         check_frames(clip.frames)
-        check_size(clip.size, self.models.multiple)
+        check_size(clip.size, vae.spatial_factor * PATCH[-1])
         self._check_pictures(clip)
+        shape = latent_shape(vae, clip.frames, clip.size)
         with watch.stage("text"):
             context, negative = self._texts(clip)
-        factor = self.models.vae.spatial_factor
-        shape = (
-            self.models.vae.latent_channels,
-            latent_frames(clip.frames),
-            clip.size.height // factor,
-            clip.size.width // factor,
-        )
-        if clip.image is None:
-            return Encoded(shape=shape, context=context, negative=negative, condition=self._nothing(shape))
-        with watch.stage("image"):
-            known = self._pictures(clip)
-        return Encoded(shape=shape, context=context, negative=negative, **known)
+        return Encoded(shape=shape, context=context, negative=negative, **self._known(clip, shape, watch))
 
     @torch.no_grad()
     def denoise(self, encoded: Encoded, seeds: Sequence[int], watch: Watch) -> Tensor:
@@ -187,23 +180,19 @@ class Pipeline:
             raise UserError(
                 f"got {len(encoded.context)} prompts and {len(seeds)} seeds: give one prompt, or as many."
             )
+        models, sampling = self.models, self.sampling
         noise = SampleNoise(seeds, encoded.shape, device=self.device)
-        low, sampling = self.models.network_low, self.sampling
-        denoiser = Denoiser(
-            network=partial(self._run, self.models.network),
-            network_low=None if low is None else partial(self._run, low),
-            boundary=None if low is None else sampling.boundary,
-            context=encoded.context,
-            negative=encoded.negative,
-            guidance=sampling.guidance,
-            guidance_low=sampling.guidance_low,
-            condition=encoded.condition,
-            clip=encoded.clip,
-            first_frame=encoded.first_frame,
-            timesteps=sampling.timesteps,
-        )
+        experts = {"network": partial(self._run, models.network)}
+        if models.network_low is not None:
+            experts |= {"network_low": partial(self._run, models.network_low), "boundary": sampling.boundary}
+        known = {name: value for name, value in vars(encoded).items() if name != "shape"}
+        rules = {name: getattr(sampling, name) for name in ("guidance", "guidance_low", "timesteps")}
+        denoiser = Denoiser(**experts, **known, **rules)
         with watch.stage("denoise", len(self.times) - 1) as report:
-            return run_sampler(sampling.sampler, denoiser, noise, self.times, ode=self.ode, on_step=report)
+            start = noise.draw()
+            if sampling.student:
+                return sample_rcm(denoiser, start, self.times, noise.draw, ode=self.ode, on_step=report)
+            return TEACHERS[sampling.sampler](denoiser, start, self.times, on_step=report)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, watch: Watch) -> Tensor:
@@ -222,18 +211,10 @@ class Pipeline:
                 return decode_tiled(vae, latents, chunk=chunk)
             return vae.decode(latents, chunk=chunk, on_frames=on_frames)
 
-    def _run(
-        self,
-        network: WanModel,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        *,
-        condition: Tensor | None,
-        clip: Tensor | None,
-    ) -> Tensor:
+    def _run(self, network: WanModel, *inputs: Tensor, **known: Tensor | None) -> Tensor:
+        """The forward of a network that is fetched first."""
         self.residence.use(network, network.shard_units())
-        return network(x, timesteps, context, condition=condition, clip=clip)
+        return network(*inputs, **known)
 
     def _texts(self, clip: Clip) -> tuple[Tensor, Tensor | None]:
         """Context (B, S, E), and the negative prompt's (1, S, E) where guidance needs it."""
@@ -247,10 +228,6 @@ class Pipeline:
         context = torch.cat([encoder([text]) for text in texts])
         return (context[:-1], context[-1:]) if guided else (context, None)
 
-    def _takes_condition(self) -> int:
-        """How many condition channels the network has beside the latents."""
-        return self.models.network.config["in_channels"] - self.models.vae.latent_channels
-
     def _check_pictures(self, clip: Clip) -> None:
         tokens = self.models.network.config["clip_tokens"]
         if tokens and clip.image is None:
@@ -260,29 +237,26 @@ class Pipeline:
         if (clip.last_image is not None) != (tokens > CLIP_TOKENS):
             raise UserError("a first-last-frame network needs two pictures, any other at most the first.")
 
-    def _nothing(self, shape: tuple[int, int, int, int]) -> Tensor | None:
-        """The condition of a network that can take pictures when there is none: all zero, mask included."""
-        channels = self._takes_condition()
-        return torch.zeros(1, channels, *shape[1:], device=self.device) if channels else None
-
-    def _pictures(self, clip: Clip) -> dict[str, Tensor]:
-        """What the network is told about the pictures, under Encoded's names."""
-        assert clip.image is not None
-        vae, first = self.models.vae, clip.image.to(self.device)
-        self.residence.use(vae)
-        if not self._takes_condition():
-            return {"first_frame": self._encode(first.unsqueeze(2))}
-        last = None if clip.last_image is None else clip.last_image.to(self.device)
-        latents = self._encode(known_frames(first, clip.frames, last))
-        known = {"condition": condition(latents, has_last=last is not None)}
-        if self.models.network.config["clip_tokens"]:
-            self.residence.use(self.models.image_encoder)
-            pictures = (first,) if last is None else (first, last)
-            known["clip"] = torch.cat([self.models.image_encoder(picture) for picture in pictures], dim=1)
-        return known
+    def _known(self, clip: Clip, shape: Sequence[int], watch: Watch) -> dict[str, Tensor]:
+        """What the network is told about the pictures, under Encoded's names; shape is the latents'."""
+        models, config = self.models, self.models.network.config
+        channels = config["in_channels"] - models.vae.latent_channels
+        if clip.image is None:
+            # where pictures could be, their absence is all zero, mask included
+            return {"condition": torch.zeros(1, channels, *shape[1:], device=self.device)} if channels else {}
+        with watch.stage("image"):
+            pictures = [each.to(self.device) for each in (clip.image, clip.last_image) if each is not None]
+            self.residence.use(models.vae)
+            if not channels:
+                return {"first_frame": self._encode(pictures[0].unsqueeze(2))}
+            latents = self._encode(known_frames(pictures[0], clip.frames, *pictures[1:]))
+            known = {"condition": condition(latents, has_last=len(pictures) > 1)}
+            if config["clip_tokens"]:
+                self.residence.use(models.image_encoder)
+                known["clip"] = torch.cat([models.image_encoder(each) for each in pictures], dim=1)
+            return known
 
     def _encode(self, frames: Tensor) -> Tensor:
         vae, (b, _, f, h, w) = self.models.vae, frames.shape
-        latents = (b, vae.latent_channels, latent_frames(f), h // vae.spatial_factor, w // vae.spatial_factor)
-        chunk = vae_chunk(vae, latents, tiled=self.tiled)
+        chunk = vae_chunk(vae, (b, *latent_shape(vae, f, Size(w, h))), tiled=self.tiled)
         return encode_tiled(vae, frames, chunk=chunk) if self.tiled else vae.encode(frames, chunk=chunk)

@@ -49,8 +49,9 @@ class Plan:
     def peak(self, mode: Offload) -> int:
         """Bytes on the device at the worst moment."""
         if mode == "none":
-            weights = {stage.name: stage.weights for stage in self.stages}
-            return sum(weights.values()) + max(stage.activations for stage in self.stages)
+            return sum(stage.weights for stage in self.stages) + max(
+                stage.activations for stage in self.stages
+            )
         part = "weights" if mode == "stage" else "streamed"
         return max(getattr(stage, part) + stage.activations for stage in self.stages)
 

@@ -51,6 +51,4 @@ class Options:
 
 def read(cfg: DictConfig) -> Options:
     """The composed config, types checked."""
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), cfg))
-    assert isinstance(options, Options)
-    return options
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), cfg))

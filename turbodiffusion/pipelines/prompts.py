@@ -33,19 +33,19 @@ def read_items(path: Path) -> list[Item]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}.") from error
-    numbered = [(i, line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = {f"{path} line {i}": line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
     if path.suffix == ".txt":
-        items = [Item(line.strip()) for _, line in numbered]
+        entries = lines
     elif path.suffix == ".jsonl":
-        named = [(f"{path} line {i}", line) for i, line in numbered]
-        items = [_item(_parse(line, where), where, path.parent) for where, line in named]
+        entries = {where: _parse(line, where) for where, line in lines.items()}
     elif path.suffix == ".json":
-        entries = _parse(text, str(path))
-        if not isinstance(entries, list):
-            raise UserError(f"{path} holds a {type(entries).__name__}, wanted a list of prompts or objects.")
-        items = [_item(entry, f"{path} entry {i}", path.parent) for i, entry in enumerate(entries, start=1)]
+        parsed = _parse(text, str(path))
+        if not isinstance(parsed, list):
+            raise UserError(f"{path} holds a {type(parsed).__name__}, wanted a list of prompts or objects.")
+        entries = {f"{path} entry {i}": entry for i, entry in enumerate(parsed, 1)}
     else:
         raise UserError(f"{path}: a prompt file ends in .txt, .json or .jsonl.")
+    items = [_item(entry, where, path.parent) for where, entry in entries.items()]
     if not items:
         raise UserError(f"{path} holds no prompt.")
     width = max(4, len(str(len(items))))
@@ -77,10 +77,11 @@ def _item(entry: object, where: str, folder: Path) -> Item:
         raise UserError(f"{where} has the unknown field {min(unknown)!r}; known are {', '.join(names)}.")
     for name, value in entry.items():
         wanted = int if name == "seed" else str
-        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+        if type(value) not in (wanted, type(None)):  # exactly: true is no seed
             kind = "a whole number" if wanted is int else "text"
             raise UserError(f"{where}: {name} is {value!r}, wanted {kind}.")
     if (name := entry.get("name")) and (Path(name).name != name or name.startswith(".")):
         raise UserError(f"{where}: the name {name!r} is not a plain file name.")
-    pictures = {key: folder / entry[key] for key in ("image", "last_image") if entry.get(key)}
+    given = {key: entry.get(key) for key in ("image", "last_image")}
+    pictures = {key: folder / file if file else None for key, file in given.items()}
     return Item(**{**entry, **pictures})

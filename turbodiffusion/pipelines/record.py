@@ -4,7 +4,8 @@ import hashlib
 import platform
 import shlex
 import subprocess
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,17 +24,14 @@ PATHS = (
 
 
 def command(options: Options) -> str:
-    """The line to type in the repository for these options."""
-    words = [f"{name}={_plain(value)}" for name, value in asdict(options).items() if value is not None]
+    """The line to type in the repository for these options; files are named from the root."""
+    words = []
+    for name, value in asdict(options).items():
+        if isinstance(value, bool):
+            words.append(f"{name}={str(value).lower()}")
+        elif value is not None:
+            words.append(f"{name}={Path(value).expanduser().absolute() if name in PATHS else value}")
     return shlex.join(["python", "infer.py", *words])
-
-
-def absolute(options: Options) -> Options:
-    """The options with files named from the root, so that the command works anywhere."""
-    paths = {name: getattr(options, name) for name in PATHS}
-    return replace(
-        options, **{n: str(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
-    )
 
 
 def fingerprint(path: Path) -> dict[str, object]:
@@ -51,36 +49,15 @@ def fingerprint(path: Path) -> dict[str, object]:
     return {"path": str(path.absolute()), "bytes": total, "quick_sha256": digest.hexdigest()}
 
 
-def environment() -> dict[str, object]:
-    """Versions, and the commit where this is a checkout."""
-    versions = {}
+def environment() -> dict[str, str | None]:
+    """Versions, and the commit where this is a checkout; None for what can not be told."""
+    found = dict.fromkeys((*PACKAGES, "commit"))
     for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            versions[package] = None
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "commit": _commit(),
-        "torch_build": torch.__version__,
-    }
-
-
-def _commit() -> str | None:
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        with suppress(PackageNotFoundError):  # a checkout that is not installed
+            found[package] = version(package)
+    if (ROOT / ".git").exists():
+        describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            said = subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL, timeout=10)
+            found["commit"] = said.strip()
+    return {"python": platform.python_version(), **found, "torch_build": torch.__version__}

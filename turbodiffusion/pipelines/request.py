@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.options import Options
@@ -20,26 +19,17 @@ from turbodiffusion.samplers.noise import SEEDS
 from turbodiffusion.variants import Sampling, Variant
 
 VIDEO, PICTURE = ".mp4", ".png"
-OTHER_FORMATS = {".avi", ".gif", ".jpeg", ".jpg", ".mkv", ".mov", ".webm", ".webp"}
+FORMATS = {VIDEO, PICTURE, ".avi", ".gif", ".jpeg", ".jpg", ".mkv", ".mov", ".webm", ".webp"}
 DEMO_PROMPT = "an octopus drifts left across a teal background"
 STRETCH = 1.1  # a picture whose shape is farther from the frame's looks distorted
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One prompt with its pictures and the files it becomes, one per seed."""
+@dataclass(frozen=True, kw_only=True)
+class Shot(Item):
+    """An item with nothing left open, its size, and the files it becomes, one per seed."""
 
-    prompt: str
-    negative_prompt: str
     size: Size
-    image: Path | None
-    last_image: Path | None
     outputs: tuple[tuple[int, Path], ...]  # seed, file
-
-    def pictures(self) -> dict[str, Tensor]:
-        """The pictures' pixels (3, H, W) uint8, under the names of Clip."""
-        named = {"image": self.image, "last_image": self.last_image}
-        return {name: read_picture(path) for name, path in named.items() if path is not None}
 
 
 @dataclass(frozen=True)
@@ -53,28 +43,17 @@ class Request:
 
 def resolve(options: Options, variant: Variant, sampling: Sampling, multiple: int) -> Request:
     """Check all that can be checked without weights; UserError says what does not fit and what would."""
-    items = _items(options)
-    tasks = {
-        choose_task(variant, has_image=item.image is not None, has_last=item.last_image is not None)
-        for item in items
-    }
-    sampling = _sampling(options, sampling, sorted(tasks)[0])
+    items = _items(options, sampling)
+    pictured = {(item.image is not None, item.last_image is not None) for item in items}
+    tasks = {choose_task(variant, has_image=image, has_last=last) for image, last in pictured}
+    sampling = _sampling(options, sampling, min(tasks))
     frames = check_frames(sampling.frames)
     if frames == 1 and tasks != {"t2v"}:
         raise UserError("frames=1 makes a picture from text alone: leave image= away, or ask for 5 frames.")
     area = parse_size(options.size or sampling.size, options.aspect)
     outputs = _outputs(options, items, PICTURE if frames == 1 else VIDEO)
     shots = [
-        Shot(
-            prompt=item.prompt,
-            negative_prompt=(
-                sampling.negative_prompt if item.negative_prompt is None else item.negative_prompt
-            ),
-            size=_size(item, area, multiple, adaptive=options.adaptive),
-            image=item.image,
-            last_image=item.last_image,
-            outputs=files,
-        )
+        Shot(**vars(item), size=_size(item, area, multiple, adaptive=options.adaptive), outputs=files)
         for item, files in zip(items, outputs, strict=True)
     ]
     return Request(tuple(shots), frames, sampling)
@@ -97,8 +76,7 @@ def choose_task(variant: Variant, *, has_image: bool, has_last: bool) -> str:
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto is the accelerator PyTorch sees, or the CPU."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         backend = torch.get_device_module(device)
@@ -106,9 +84,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={name} is not a device: pass auto, cpu, cuda, cuda:1 or mps.") from error
     count = backend.device_count() if backend.is_available() else 0
     if (device.index or 0) >= count:
-        raise UserError(
-            f"device={name}: PyTorch sees {count or 'none'} of that kind; pass device=cpu or auto."
-        )
+        seen = count or "none"
+        raise UserError(f"device={name}: PyTorch sees {seen} of that kind; pass device=cpu or auto.")
     return device
 
 
@@ -122,7 +99,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return choices[name]
 
 
-def _items(options: Options) -> list[Item]:
+def _items(options: Options, sampling: Sampling) -> list[Item]:
+    """What to make; what an item leaves open is as on the command line, else as in the checkpoint."""
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("prompt= and prompt_file= exclude each other: pass one of them.")
     prompt = options.prompt
@@ -137,14 +115,16 @@ def _items(options: Options) -> list[Item]:
     if any(not item.prompt.strip() for item in items):
         raise UserError("the prompt is empty: say what the video should show.")
     image, last = (None if p is None else Path(p).expanduser() for p in (options.image, options.last_image))
-    return [replace(i, image=i.image or image, last_image=i.last_image or last) for i in items]
+    negative = sampling.negative_prompt if options.negative_prompt is None else options.negative_prompt
+    given = {"image": image, "last_image": last, "negative_prompt": negative, "seed": options.seed}
+    return [replace(item, **{k: v for k, v in given.items() if getattr(item, k) is None}) for item in items]
 
 
 def _sampling(options: Options, defaults: Sampling, task: str) -> Sampling:
     """The checkpoint's defaults with what the user said."""
     sampling = choose_sampler(defaults, options.sampler, task)
     names = ("steps", "guidance", "shift", "sigma_max", "boundary", "frames", "fps", "negative_prompt")
-    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    said = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.guidance is not None and sampling.guidance_low is not None:
         said["guidance_low"] = options.guidance
     sampling = replace(sampling, **said)
@@ -172,11 +152,11 @@ def _size(item: Item, area: Size, multiple: int, *, adaptive: bool) -> Size:
         if adaptive:
             raise UserError("adaptive=true takes the shape of the image: pass image=FILE.")
         return check_size(area, multiple)
-    shape = Size(pictures[0].shape[2], pictures[0].shape[1])
+    _, height, width = pictures[0].shape
+    shape = Size(width, height)
     if adaptive:
         return adaptive_size(area, shape, multiple)
-    stretch = (shape.width * area.height) / (shape.height * area.width)
-    if not 1 / STRETCH < stretch < STRETCH:
+    if not 1 / STRETCH < (width * area.height) / (height * area.width) < STRETCH:
         warnings.warn(
             f"{item.image} is {shape} and is stretched to {area}: adaptive=true keeps its shape.",
             stacklevel=2,
@@ -189,7 +169,7 @@ def _outputs(options: Options, items: list[Item], suffix: str) -> list[tuple[tup
     if options.num_samples < 1:
         raise UserError(f"num_samples={options.num_samples}: take at least one.")
     out = Path(options.out).expanduser()
-    if out.suffix in OTHER_FORMATS or (out.suffix in (VIDEO, PICTURE) and out.suffix != suffix):
+    if out.suffix in FORMATS - {suffix}:
         what = "one frame is written as" if suffix == PICTURE else "videos are written as"
         raise UserError(f"out={out}: {what} {suffix}; pass such a file, or a folder.")
     is_file = out.suffix == suffix
@@ -198,10 +178,9 @@ def _outputs(options: Options, items: list[Item], suffix: str) -> list[tuple[tup
     _make_folder(out.parent if is_file else out)
     results = []
     for item in items:
-        first = options.seed if item.seed is None else item.seed
-        seeds = range(first, first + options.num_samples)
+        seeds = range(item.seed, item.seed + options.num_samples)
         if seeds[0] not in SEEDS or seeds[-1] not in SEEDS:
-            raise UserError(f"seed={first}: seeds go from 0 to {SEEDS[-1]}.")
+            raise UserError(f"seed={item.seed}: seeds go from 0 to {SEEDS[-1]}.")
         stem = out.with_suffix("") if is_file else out / str(item.name)
         is_exact = is_file and options.num_samples == 1
         results.append(tuple((s, out if is_exact else Path(f"{stem}_seed{s}{suffix}")) for s in seeds))

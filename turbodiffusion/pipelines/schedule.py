@@ -1,13 +1,11 @@
-"""A checkpoint's sampling defaults -> times and a sampler run."""
+"""A checkpoint's sampling defaults -> its sampler and the times."""
 
 from dataclasses import replace
 
 from torch import Tensor
 
 from turbodiffusion.errors import UserError
-from turbodiffusion.samplers.few_step import sample_rcm
-from turbodiffusion.samplers.noise import SampleNoise
-from turbodiffusion.samplers.ode import OnStep, Velocity, sample_dpmpp, sample_euler, sample_unipc
+from turbodiffusion.samplers.ode import sample_dpmpp, sample_euler, sample_unipc
 from turbodiffusion.samplers.time import dpmpp_times, shifted_times, student_times, unipc_times
 from turbodiffusion.variants import Sampling
 
@@ -30,7 +28,7 @@ def choose_sampler(sampling: Sampling, name: str, task: str) -> Sampling:
 
 def sampling_times(sampling: Sampling) -> Tensor:
     """Rectified-flow times s (steps + 1,), fp64, down to 0."""
-    if sampling.sampler == STUDENT:
+    if sampling.student:
         if sampling.sigma_max is None:
             raise UserError(f"sampler={STUDENT} needs sigma_max=, such as {SIGMA_MAX['t2v']:g}.")
         return student_times(sampling.steps, sampling.sigma_max)
@@ -39,12 +37,3 @@ def sampling_times(sampling: Sampling) -> Tensor:
     if sampling.sampler not in TEACHERS:
         raise UserError(f"the checkpoint wants the sampler {sampling.sampler!r}, which is unknown here.")
     return (dpmpp_times if sampling.sampler == "dpmpp" else unipc_times)(sampling.steps, sampling.shift)
-
-
-def run_sampler(
-    name: str, velocity: Velocity, noise: SampleNoise, times: Tensor, *, ode: bool, on_step: OnStep
-) -> Tensor:
-    """Latents like noise.draw(), in the sampler's precision."""
-    if name == STUDENT:
-        return sample_rcm(velocity, noise.draw(), times, noise.draw, ode=ode, on_step=on_step)
-    return TEACHERS[name](velocity, noise.draw(), times, on_step=on_step)

@@ -45,11 +45,10 @@ def check_size(size: Size, multiple: int) -> Size:
     """The size, if both sides divide by `multiple` (VAE factor times patch)."""
     if min(size.width, size.height) > 0 and not (size.width % multiple or size.height % multiple):
         return size
-    widths, heights = (_around(side, multiple) for side in (size.width, size.height))
-    fits = dict.fromkeys(str(Size(w, h)) for w, h in zip(widths, heights, strict=True))
+    fits = map(Size, *(_around(side, multiple, least=multiple) for side in (size.width, size.height)))
     raise UserError(
         f"size={size} does not fit this model: width and height must divide by {multiple}; the nearest that "
-        f"do: {', '.join(fits)}."
+        f"do: {', '.join(dict.fromkeys(map(str, fits)))}."
     )
 
 
@@ -57,21 +56,18 @@ def check_frames(frames: int) -> int:
     """The frame count, if it is 1 mod 4: the VAE makes a latent of the first frame, then one of every 4."""
     if frames >= 1 and frames % TEMPORAL_FACTOR == 1:
         return frames
-    below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
-    choices = dict.fromkeys((below, below + TEMPORAL_FACTOR if frames > 0 else below))
+    fits = dict.fromkeys(str(1 + later) for later in _around(frames - 1, TEMPORAL_FACTOR, least=0))
     raise UserError(
         f"frames={frames} does not fit: it must be 1 more than a multiple of {TEMPORAL_FACTOR}; the nearest: "
-        f"{', '.join(map(str, choices))}."
+        f"{', '.join(fits)}."
     )
 
 
 def adaptive_size(area: Size, image: Size, multiple: int) -> Size:
     """About the area of `area` in the shape of `image`; each side rounded, half to even, to the multiple."""
     pixels, ratio = area.width * area.height, image.height / image.width
-    height, width = (
-        max(1, round(sqrt(side) / multiple)) * multiple for side in (pixels * ratio, pixels / ratio)
-    )
-    return Size(width, height)
+    sides = (sqrt(pixels / ratio), sqrt(pixels * ratio))
+    return Size(*(max(1, round(side / multiple)) * multiple for side in sides))
 
 
 def latent_frames(frames: int) -> int:
@@ -79,7 +75,7 @@ def latent_frames(frames: int) -> int:
     return 1 + (frames - 1) // TEMPORAL_FACTOR
 
 
-def _around(side: int, multiple: int) -> tuple[int, int]:
-    """The multiples just below and above; twice the side itself if it is one."""
-    below = max(multiple, side // multiple * multiple)
-    return below, below if side <= below else below + multiple
+def _around(value: int, multiple: int, *, least: int) -> tuple[int, int]:
+    """The multiples just below and above; twice the value itself if it is one, twice the least below it."""
+    below = max(least, value // multiple * multiple)
+    return below, below if value <= below else below + multiple
