@@ -1,31 +1,25 @@
 """Which checkpoint files a run uses, told from their headers, and the models in them."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from turbodiffusion import checkpoints
 from turbodiffusion.attention import Attention, chosen, fastest, spoken
-from turbodiffusion.checkpoints import (
-    Report,
-    detect,
-    load_image_encoder,
-    load_network,
-    load_text_encoder,
-    load_vae,
-    locate,
-)
-from turbodiffusion.checkpoints.detect import open_checkpoint, sized_vae
+from turbodiffusion.checkpoints import Report
+from turbodiffusion.checkpoints.loading import on_meta
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import TILE, decode_bytes
-from turbodiffusion.models.wan import PATCH
-from turbodiffusion.pipelines.generate import Models, vae_chunk
+from turbodiffusion.models.wan import PATCH, WanModel
+from turbodiffusion.pipelines.generate import Models, latent_shape, vae_chunk
 from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, denoise_bytes
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.request import pick_device, pick_dtype
-from turbodiffusion.pipelines.sizes import Size, latent_frames
+from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.variants import Sampling, Variant, variants
 
 SMALL_WORLD = "wan_tiny"
@@ -45,9 +39,8 @@ class Found:
 
     def empty_vae(self) -> VideoVAE:
         """The VAE without weights, on the meta device."""
-        config, _ = sized_vae(open_checkpoint(self.reports["vae"].path, kind="vae"))
-        with torch.device("meta"):
-            return VideoVAE(**config)
+        report = self.reports["vae"]
+        return on_meta(partial(VideoVAE, **report.config), report.path)
 
     def multiple(self) -> int:
         """What width and height must divide by."""
@@ -71,70 +64,58 @@ def find(options: Options) -> Found:
     if report.config["clip_tokens"]:
         names["image_encoder"] = "clip_vit_h"
     for kind, name in names.items():
-        reports[kind] = _detect(kind, locate(kind, name, high, given=getattr(options, kind)), kind)
+        reports[kind] = _detect(
+            kind, checkpoints.locate(kind, name, high, given=getattr(options, kind)), kind
+        )
     tokenizer = None
     text = reports["text_encoder"]
-    if options.tokenizer or not text.config or text.config["vocab"] != ByteTokenizer.vocab:
-        tokenizer = locate("tokenizer", "umt5_xxl", text.path, given=options.tokenizer)
+    if options.tokenizer or text.config["vocab"] != ByteTokenizer.vocab:
+        tokenizer = checkpoints.locate("tokenizer", "umt5_xxl", text.path, given=options.tokenizer)
     return Found(variant, report.sampling or variant.sampling, attention, reports, tokenizer)
 
 
 def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
     """The models, on the device."""
-    paths = {name: report.path for name, report in found.reports.items()}
-    where = {"device": device, "dtype": dtype}
-    networks = {
-        name: load_network(paths[name], variant=found.variant.name, **where).network
-        for name in ("network", "network_low")
-        if name in paths
-    }
-    for network in networks.values():
+
+    def load_network(path: Path, **where: object) -> WanModel:
+        network = checkpoints.load_network(path, variant=found.variant.name, **where).network
         network.set_attention(found.attention, drop_linear=True)  # `find` has refused what was not asked for
-    clip = {}
-    if "image_encoder" in paths:
-        clip["image_encoder"] = load_image_encoder(paths["image_encoder"], **where)
-    return Models(
-        **networks,
-        **clip,
-        vae=load_vae(paths["vae"], **where),
-        text_encoder=load_text_encoder(paths["text_encoder"], tokenizer=found.tokenizer, **where),
-    )
+        return network
+
+    loaders = {
+        "network": load_network,
+        "network_low": load_network,
+        "vae": checkpoints.load_vae,
+        "text_encoder": partial(checkpoints.load_text_encoder, tokenizer=found.tokenizer),
+        "image_encoder": checkpoints.load_image_encoder,
+    }
+    paths = {name: report.path for name, report in found.reports.items()}
+    return Models(**{name: loaders[name](path, device=device, dtype=dtype) for name, path in paths.items()})
 
 
 def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: bool) -> tuple[Stage, ...]:
     """Every model at work on one clip, for the memory plan."""
-    vae = found.empty_vae().to(dtype)
-    latents = (
-        vae.latent_channels,
-        latent_frames(frames),
-        size.height // vae.spatial_factor,
-        size.width // vae.spatial_factor,
-    )
+    vae, config = found.empty_vae().to(dtype), found.reports["network"].config
+    latents = latent_shape(vae, frames, size)
     piece = tuple(map(min, latents[2:], TILE)) if tiled else latents[2:]
     chunk = vae_chunk(vae, (1, *latents), tiled=tiled)
     clip = 4 * 3 * frames * size.width * size.height  # encoded, or put together from tiles
-    config = found.reports["network"].config
     denoise = denoise_bytes(config, latents, dtype, per_token="ti2v" in found.variant.tasks)
-    work = {
-        "network": denoise,
-        "network_low": denoise,
-        "vae": clip + decode_bytes(vae, (latents[1], *piece), chunk=chunk),
-    }
+    decode = clip + decode_bytes(vae, (latents[1], *piece), chunk=chunk)
+    work = {"network": denoise, "network_low": denoise, "vae": decode}
     result = []
     for name, report in found.reports.items():
         weights = sum(count // kind.itemsize * dtype.itemsize for kind, (_, count) in report.dtypes.items())
-        streamed = weights
-        if name.startswith("network"):
-            # two blocks of `layers`, and what is outside the blocks, about one more
-            streamed = min(weights, 3 * weights // config["layers"])
+        # of a network two blocks of `layers`, and what is outside the blocks, about one more
+        parts = max(3, config["layers"]) if name.startswith("network") else 3
         activations = work.get(name, int(ENCODER_ACTIVATIONS * weights))
-        result.append(Stage(name, weights, streamed, activations))
+        result.append(Stage(name, weights, 3 * weights // parts, activations))
     return tuple(result)
 
 
 def _detect(option: str, path: Path, kind: str, *, variant: str | None = None) -> Report:
     """What the file of an option is; UserError if it is of another kind."""
-    report = detect(path, kind=kind, variant=variant)
+    report = checkpoints.detect(path, kind=kind, variant=variant)
     if report.kind != kind:
         raise UserError(f"{option}={path} is a {report.kind.replace('_', ' ')}, wanted a {kind}.")
     return report
@@ -145,7 +126,7 @@ def _networks(options: Options) -> tuple[Path, Path | None]:
     if options.ckpt is None:
         if options.ckpt_low is not None:
             raise UserError("ckpt_low= is the second of two experts: pass the first as ckpt=.")
-        return locate("network", SMALL_WORLD, Path.cwd()), None
+        return checkpoints.locate("network", SMALL_WORLD, Path.cwd()), None
     high = Path(options.ckpt).expanduser()
     if options.ckpt_low is not None:
         return high, Path(options.ckpt_low).expanduser()
@@ -157,14 +138,14 @@ def _networks(options: Options) -> tuple[Path, Path | None]:
 
 def _attention(options: Options, networks: list[Report]) -> Attention:
     """What was asked of what the networks carry; auto: that, as fast as the device can."""
-    names = ("ratio", "block_q", "block_k")
-    asked = {"name": options.attention, **{name: getattr(options, name) for name in names}}
-    asked = {name: value for name, value in asked.items() if value not in (None, "auto")}
+    said = {name: getattr(options, name) for name in ("ratio", "block_q", "block_k")}
+    said["name"] = options.attention
+    asked = {name: value for name, value in said.items() if value not in (None, "auto")}
     carried = [report.config["attention"] for report in networks]
     first, *others = (chosen(each, asked, drop_linear=options.drop_linear) for each in carried)
     if any(other != first for other in others):
-        said = " and ".join(map(spoken, carried))
-        raise UserError(f"the experts differ in attention ({said}): pass attention= and what differs.")
+        both = " and ".join(map(spoken, carried))
+        raise UserError(f"the experts differ in attention ({both}): pass attention= and what differs.")
     if options.attention != "auto":
         return first
     device, config = pick_device(options.device), networks[0].config

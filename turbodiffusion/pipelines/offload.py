@@ -3,8 +3,8 @@
 The copy in host memory stays the master: leaving the device drops the device's copy, nothing is copied back.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -34,11 +34,11 @@ class Residence:
     def __init__(self, device: torch.device, mode: Offload = "none"):
         self.device, self.mode = device, mode
         self._present: list[nn.Module] = []
-        self._leave: list[Callable[[], None]] = []
+        self._leave = ExitStack()
 
     def use(self, model: nn.Module, units: Sequence[nn.Module] = ()) -> None:
         """Make the model runnable on the device; units are its parts that block mode streams."""
-        if any(model is other for other in self._present):
+        if model in self._present:
             return
         if self.mode == "none":
             model.to(self.device)
@@ -46,15 +46,16 @@ class Residence:
             self.release()
             streamed = units if self.mode == "block" else ()
             inside = {id(tensor) for unit in streamed for tensor in _tensors(unit)}
-            self._leave.append(_visit([t for t in _tensors(model) if id(t) not in inside], self.device))
+            home = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
+            self._leave.callback(_point, home)
+            _point((tensor, data.to(self.device)) for tensor, data in home)
             if streamed:
-                self._leave.append(BlockStream(streamed, self.device).close)
+                self._leave.callback(BlockStream(streamed, self.device).close)
         self._present.append(model)
 
     def release(self) -> None:
         """Send home what stage and block brought."""
-        while self._leave:
-            self._leave.pop()()
+        self._leave.close()
         if self.mode != "none":
             self._present.clear()
 
@@ -81,7 +82,7 @@ class BlockStream:
             for i, unit in enumerate(self.units)
             for hook in (
                 unit.register_forward_pre_hook(lambda *_, i=i: self._enter(i)),
-                unit.register_forward_hook(lambda *_, i=i: self._leave(i)),
+                unit.register_forward_hook(lambda *_, i=i: _point(self.home[i])),
             )
         ]
 
@@ -89,8 +90,8 @@ class BlockStream:
         """Stop streaming; every unit is in host memory again."""
         for hook in self.hooks:
             hook.remove()
-        for i in range(len(self.units)):  # one may have failed while it ran
-            self._leave(i)
+        for home in self.home:  # a unit may have failed while it ran
+            _point(home)
         if self.is_async:  # the last fetch may still be writing to a place that is about to be freed
             self.backend.current_stream(self.device).wait_stream(self.side)
         self.places.clear()
@@ -113,30 +114,20 @@ class BlockStream:
         if self.arriving != i:
             self._fetch(i)
         self.turn = 1 - self.turn
-        for place, (tensor, _) in zip(self.places[self.turn], self.home[i], strict=True):
-            tensor.data = place
+        _point(
+            (tensor, place) for (tensor, _), place in zip(self.home[i], self.places[self.turn], strict=True)
+        )
         if self.is_async:
             self.backend.current_stream(self.device).wait_stream(self.side)
         # nothing of this unit is queued yet: the copy waits for the one before it, and runs beside this one
         self._fetch((i + 1) % len(self.units))
-
-    def _leave(self, i: int) -> None:
-        for tensor, host in self.home[i]:
-            tensor.data = host
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _visit(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
-    """Move tensors to the device; the result brings them home."""
-    home = [(tensor, tensor.data) for tensor in tensors]
-    for tensor, data in home:
-        tensor.data = data.to(device)
-
-    def leave() -> None:
-        for tensor, data in home:
-            tensor.data = data
-
-    return leave
+def _point(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Have each tensor use this memory."""
+    for tensor, data in pairs:
+        tensor.data = data
