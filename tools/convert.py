@@ -23,13 +23,14 @@ from tools.options import MISSING, parse
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.detect import open_checkpoint
 from turbodiffusion.checkpoints.export import Export, check_destination, prepare, write
+from turbodiffusion.checkpoints.metadata import KINDS
 from turbodiffusion.checkpoints.sources import Entry
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 Format = Enum("Format", ["ours", "wan", "diffusers", "turbodiffusion"])
 Dtype = Enum("Dtype", ["bfloat16", "float16", "float32"])
-Kind = Enum("Kind", ["network", "vae", "text_encoder", "image_encoder"])
+Kind = Enum("Kind", KINDS)
 
 
 @dataclass
@@ -57,7 +58,9 @@ def convert(options: Options) -> str:
     )
     report = checkpoint.report
     check_destination(report.kind, dst, options.format.name)
-    export = prepare(checkpoint, options.dtype and getattr(torch, options.dtype.name))
+    dtype = options.dtype and getattr(torch, options.dtype.name)
+    deed = {"converted": report.path.name, "from": report.format, "dtype": str(dtype or "as stored")}
+    export = prepare(checkpoint, dtype, deed)
     write_shown(export, dst, options.format.name, int(options.shard_gb * 1e9))
     size = sum(entry.nbytes for entry in export.entries.values()) / 1e9
     line = f"{report.path} ({report.format}) -> {dst} ({options.format.name})"

@@ -3,17 +3,15 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
-from enum import Enum
 
 from rich.console import Console
 from rich.table import Table
 
+from tools.convert import Kind
 from tools.options import MISSING, parse
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints import Report, detect
 from turbodiffusion.cli import one_sentence
-
-Kind = Enum("Kind", ["network", "vae", "text_encoder", "image_encoder"])
 
 
 @dataclass

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from tools.convert import write_shown
 from tools.options import MISSING, parse
-from turbodiffusion.checkpoints.detect import Checkpoint, open_checkpoint
-from turbodiffusion.checkpoints.export import Export, check_destination, prepare
+from turbodiffusion.attention import DENSE
+from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
+from turbodiffusion.checkpoints.export import check_destination, prepare
+from turbodiffusion.checkpoints.metadata import Report
 from turbodiffusion.checkpoints.sources import Entry
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.schedule import STUDENT, choose_sampler
-from turbodiffusion.variants import Sampling
 from turbodiffusion.variants import variant as named_variant
 
 # what may become of a tensor; the last: it is in both diff files but not in base
@@ -84,8 +85,11 @@ def merge(options: Options) -> str:
         raise UserError(f"{dst} exists and may be what is merged; nothing is replaced, give another dst=")
     if not math.isfinite(options.weight):
         raise UserError(f"weight={options.weight} is no number to multiply by; give one such as 1.0")
-    sources = {name: getattr(options, name) for name in ("base", "diff_base", "diff_target")}
-    base, diff_base, diff_target = (_open(options, name) for name in sources)
+    paths = {name: Path(getattr(options, name)) for name in ("base", "diff_base", "diff_target")}
+    base, diff_base, diff_target = (
+        open_kind(path, "network", variant=options.variant if name == "base" else None, ema=options.ema)
+        for name, path in paths.items()
+    )
     entries, fate = merge_entries(base, diff_base, diff_target, options.weight)
     counts = Counter(fate.values())
     if not counts[MERGED]:
@@ -93,39 +97,26 @@ def merge(options: Options) -> str:
             f"nothing merged: no tensor of {options.base} has its name and shape in both diff_base= and "
             "diff_target=; give networks of one architecture"
         )
-    names = {name: Path(path).name for name, path in sources.items()}
+    names = {name: path.name for name, path in paths.items()}
     deed = {"merged": names, "weight": options.weight, "tensors": dict(counts)}
-    config = base.report.config
-    if not _is_sparse(base) and not _is_sparse(diff_base):
-        config = config | {"attention": diff_target.report.config["attention"]}
+    report = _described(base.report, diff_base.report, diff_target.report)
     # named after dst, where what is copied may turn out not to fit
-    new = replace(base, entries=entries, report=replace(base.report, path=dst, config=config))
-    write_shown(_described(new, diff_target.report.sampling, deed), dst, "ours")
+    export = prepare(Checkpoint(replace(report, path=dst), entries), None, deed)
+    write_shown(export, dst, "ours")
     said = ", ".join(f"{counts[each]} {each}" for each in (MERGED, MISSED, SHAPED, COPIED, LEFT))
     plain = Counter((each, re.sub(r"^blocks[.][0-9]+", "blocks.*", name)) for name, each in fate.items())
     lines = [f"  {each}: {name} ({count})" for (each, name), count in plain.items() if each != MERGED]
     return "\n".join((f"{dst}: {said}", *lines))
 
 
-def _described(new: Checkpoint, target: Sampling | None, deed: dict[str, object]) -> Export:
-    """Checked against the architecture; a student's change makes a student of a teacher."""
-    export, past = prepare(new, None), new.report.metadata.history if new.report.metadata else ()
-    sampling = export.metadata.sampling
-    if sampling and target and target.student:
-        sampling = choose_sampler(sampling, STUDENT, named_variant(export.metadata.variant).tasks[0])
-    return replace(export, metadata=replace(export.metadata, sampling=sampling, history=(*past, deed)))
-
-
-def _is_sparse(checkpoint: Checkpoint) -> bool:
-    return checkpoint.report.config["attention"]["name"] != "dense"
-
-
-def _open(options: Options, name: str) -> Checkpoint:
-    variant = options.variant if name == "base" else None
-    checkpoint = open_checkpoint(getattr(options, name), variant=variant, ema=options.ema)
-    if (kind := checkpoint.report.kind) != "network":
-        raise UserError(f"{name}={checkpoint.report.path} holds {kind} weights; give a network's")
-    return checkpoint
+def _described(base: Report, diff_base: Report, diff_target: Report) -> Report:
+    """What becomes of base: a student's change makes a student of a teacher, SLA's a sparse network."""
+    config, sampling = base.config, base.sampling
+    if config["attention"] == diff_base.config["attention"] == DENSE:
+        config = config | {"attention": diff_target.config["attention"]}
+    if sampling and diff_target.sampling and diff_target.sampling.student:
+        sampling = choose_sampler(sampling, STUDENT, named_variant(base.variant).tasks[0])
+    return replace(base, config=config, sampling=sampling)
 
 
 def main() -> None:

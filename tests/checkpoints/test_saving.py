@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from turbodiffusion.checkpoints import detect, save
 from turbodiffusion.checkpoints.files import appearing, appearing_folder
-from turbodiffusion.checkpoints.saving import write_safetensors, write_shards
-from turbodiffusion.checkpoints.sources import SAFETENSORS_DTYPES, Entry, open_source
+from turbodiffusion.checkpoints.saving import SAFETENSORS_DTYPES, write_safetensors, write_shards
+from turbodiffusion.checkpoints.sources import Entry, open_source
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import variant
@@ -22,9 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_safetensors_library_reads_every_dtype_and_shape(tmp_path: Path) -> None:
     shapes = [(3, 5), (), (0, 4), (7,), (1, 2, 3, 1, 2)]
     tensors = {
-        f"{dtype}.{shape}": torch.ones(shape).to(dtype)
-        for dtype in SAFETENSORS_DTYPES.values()
-        for shape in shapes
+        f"{dtype}.{shape}": torch.ones(shape).to(dtype) for dtype in SAFETENSORS_DTYPES for shape in shapes
     }
     tensors["not contiguous"] = torch.randn(4, 6).T[1:, ::2]
     entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}

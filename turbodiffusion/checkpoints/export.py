@@ -42,8 +42,8 @@ class Format:
     config: Callable[[Numbers], dict[str, object]] | None = None
 
 
-def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Export:
-    """The tensors with our names, in `dtype` or as stored; strict like loading.
+def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None, deed: dict[str, object]) -> Export:
+    """The tensors with our names, in `dtype` or as stored; strict like loading.  deed: for the history.
 
     INT8 weights become `dtype`, else bf16.  With a `dtype` a network's norms and modulation become fp32.
     """
@@ -56,7 +56,6 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Export:
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}
     past = report.metadata.history if report.metadata else ()
-    deed = {"converted": report.path.name, "from": report.format, "dtype": str(dtype or "as stored")}
     metadata = Metadata(report.kind, module.config, report.variant, report.sampling, (*past, deed))
     return Export(entries, metadata)
 
@@ -68,7 +67,7 @@ def write(export: Export, path: Path, format: str, max_shard: int) -> None:
     """
     kind, config = export.metadata.kind, export.metadata.config
     suffix = check_destination(kind, path, format)
-    if format in ("wan", "diffusers") and config.get("attention", DENSE)["name"] != "dense":
+    if format in ("wan", "diffusers") and config.get("attention", DENSE) != DENSE:
         raise UserError("that format has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
     target = _FORMATS[kind][format]
     entries = target.names(export.entries, config) if target.names else export.entries

@@ -10,10 +10,23 @@ from torch import nn
 from turbodiffusion.attention import trained
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.metadata import Metadata, kind_of
-from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SAFETENSORS_DTYPES, SHARD_NAME, Entries, Entry
+from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SHARD_NAME, Entries, Entry
 from turbodiffusion.variants import Sampling
 
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 STEM = "diffusion_pytorch_model"
 
 
@@ -49,7 +62,7 @@ def write_safetensors(path: Path, entries: Entries, header: dict[str, str]) -> N
     for name in names:
         start, end = end, end + entries[name].nbytes
         described[name] = {
-            "dtype": _DTYPE_NAMES[entries[name].dtype],
+            "dtype": SAFETENSORS_DTYPES[entries[name].dtype],
             "shape": entries[name].shape,
             "data_offsets": (start, end),
         }

@@ -22,20 +22,6 @@ from turbodiffusion.errors import UserError
 
 DCP = "DCP directory"
 INDEX_SUFFIX = ".safetensors.index.json"
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 SHARD_NAME = "{}-{:05d}-of-{:05d}.safetensors"  # stem, number from 1, how many
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
@@ -187,14 +173,11 @@ def _open_safetensors(path: Path) -> Source:
     try:
         handle = safe_open(path, framework="pt")
         for name in handle.keys():  # noqa: SIM118 (not a dict)
-            stored = handle.get_slice(name)
-            dtype = SAFETENSORS_DTYPES[stored.get_dtype()]
-            entries[name] = Entry(tuple(stored.get_shape()), dtype, partial(handle.get_tensor, name))
+            load = partial(handle.get_tensor, name)
+            # mapped, not read
+            entries[name] = replace(Entry.of(load()), load=load)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from error
-    except KeyError as error:
-        known = ", ".join(SAFETENSORS_DTYPES)
-        raise UserError(f"{path} holds tensors of an unknown type {error}; use one of {known}") from error
     return Source(path, "safetensors", entries, dict(handle.metadata() or {}))
 
 
