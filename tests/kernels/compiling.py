@@ -1,6 +1,6 @@
 """Compiling kernels for GPUs that need not be there."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -12,12 +12,17 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 
 def compile_kernel(
-    kernel: JITFunction, types: Mapping[str, str], options: Mapping[str, object], capability: int
+    kernel: JITFunction,
+    types: Mapping[str, str],
+    options: Mapping[str, object],
+    capability: int,
+    multiples: Collection[str] = (),
 ) -> CompiledKernel:
     """The kernel as a launch with such arguments compiles it for a GPU of that capability, 90 for 9.0.
 
     types: arguments to Triton's names of their types, "*bf16" or "fp32"; those of no stated type are "i32".
     options: the rest of a launch's keywords: compile-time arguments, None for absent pointers, num_warps ...
+    multiples: numbers that are multiples of 16, which a launch sees.
     """
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     launch = {name: value for name, value in options.items() if name not in constants}
@@ -27,7 +32,9 @@ def compile_kernel(
     place = kernel.arg_names.index
     # allocations are aligned, and a launch says so: without it the compiler makes another kernel
     aligned = {
-        (place(x),): [["tt.divisibility", 16]] for x, kind in signature.items() if kind.startswith("*")
+        (place(x),): [["tt.divisibility", 16]]
+        for x, kind in signature.items()
+        if kind.startswith("*") or x in multiples
     }
     source = ASTSource(kernel, signature, {(place(x),): value for x, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)

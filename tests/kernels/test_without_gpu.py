@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("block_map", "block_sparse", "linear_attention")
+SLOW = ("block_map", "block_sparse", "linear_attention", "int8_linear")
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +29,7 @@ def test_cpu_needs_no_triton() -> None:
         "from kernels.block_map import block_map\n"
         "from kernels.block_sparse import sparse_attention\n"
         "from kernels.block_sparse_int8 import sparse_attention_int8\n"
+        "from kernels.int8_linear import int8_linear, quantise_rows\n"
         "from kernels.linear_attention import linear_attention\n"
         "q, k, v = torch.randn(3, 1, 1, 4, 64)\n"
         "attention(q, k, v)\n"
@@ -36,6 +37,7 @@ def test_cpu_needs_no_triton() -> None:
         "for op in (sparse_attention, sparse_attention_int8):\n"
         "    op(q, k, v, index, block_q=64, block_k=64)\n"
         "linear_attention(q, k, v, 'softmax', torch.eye(64), torch.zeros(64))\n"
+        "int8_linear(q, *quantise_rows(torch.eye(64)))\n"
     )
     result = run("-c", code, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr

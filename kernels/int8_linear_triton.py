@@ -1,0 +1,214 @@
+"""Triton kernels of kernels/int8_linear.py: rows to int8, and products of int8 matrices with their steps."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.tiles import LOG2E, allow_descriptors
+
+TINY = tl.constexpr(reference.TINY)
+# added to a number below 2^22, it leaves that, rounded to the nearest even, in the lowest bits
+MAGIC = tl.constexpr(12582912.0)
+# twice sqrt(2 / pi), of tanh's GELU, as a power of 2
+GELU_SLOPE = tl.constexpr(-1.5957691216057308 * LOG2E.value)
+# numbers that a program of quantise_kernel holds: 64 a thread
+HELD = 8192
+# rows of tiles that are computed together, so that they share what they read of the weights
+GROUP = 8
+# descriptors take rows of a multiple of so many bytes
+ALIGNMENT = 16
+
+
+class Form(NamedTuple):
+    """How products are laid out: a tile's rows, columns and depth, warps, stages of the load pipeline.
+
+    tma: loads and stores by descriptors, each program computing one tile after another.  specialised: with
+    warps of their own to load; Triton 3.6 has built such kernels that race, so only after a trial.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    tma: bool = False
+    specialised: bool = False
+
+
+# tests/kernels/test_int8_linear_compile.py holds them to limits
+PORTABLE = Form(128, 128, 64, 8, 4)
+HOPPER = Form(128, 256, 128, 8, 3, tma=True)
+SPECIALISED = Form(128, 256, 128, 4, 3, tma=True, specialised=True)
+
+
+def forms_for(capability: int, aligned: bool) -> list[Form]:
+    """What runs on a GPU of that capability, 90 for 9.0; best first.  aligned: as takes_descriptors says."""
+    return [HOPPER, PORTABLE] if capability == 90 and aligned else [PORTABLE]
+
+
+def takes_descriptors(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows of x (M, K), weight (N, K) and 16-bit outputs (M, N) lie as descriptors demand."""
+    N, K = weight.shape
+    starts = (x.data_ptr(), weight.data_ptr())
+    return dtype.itemsize == 2 and not any(size % ALIGNMENT for size in (K, 2 * N, *starts))
+
+
+@triton.jit(do_not_specialize=("M",))
+def quantise_kernel(x_ptr, y_ptr, step_ptr, M, K, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of x (M, K), whole ones, K <= WIDTH, in steps of the 127th of their largest number."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = (row < M)[:, None] & (column < K)
+    off = row[:, None] * K + column
+    x = tl.load(x_ptr + off, mask=mask, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
+    # compared as integers: of floats, the maximum may lose a NaN
+    largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    step = tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL) * (1 / 127)
+    y = x * tl.math.div_rn(tl.full([ROWS], 1.0, tl.float32), step)[:, None] + MAGIC
+    tl.store(y_ptr + off, y.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
+    tl.store(step_ptr + row, step, mask=row < M)
+
+
+@triton.jit
+def _matrix(ptr, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """What _load and _store take, of a matrix (M, N) by tiles [ROWS, COLUMNS]."""
+    if TMA:
+        ptr = tl.make_tensor_descriptor(ptr, [M, N], [N, 1], [ROWS, COLUMNS])
+    return ptr
+
+
+@triton.jit
+def _address(ptr, row, column, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a tile of a matrix (M, N), and which of it lie inside."""
+    below = tl.arange(0, ROWS)[:, None]
+    right = column + tl.arange(0, COLUMNS)[None, :]
+    return ptr + row.to(tl.int64) * N + (below * N + right), (row + below < M) & (right < N)
+
+
+@triton.jit
+def _load(x, row, column, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """A tile of a matrix; zeros outside."""
+    if TMA:
+        tile = x.load([row, column])
+    else:
+        ptr, mask = _address(x, row, column, M, N, ROWS, COLUMNS)
+        tile = tl.load(ptr, mask=mask, other=0)
+    return tile  # [ROWS, COLUMNS]
+
+
+@triton.jit
+def _store(y, tile, row, column, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """The opposite of _load, rounded to what y holds."""
+    if TMA:
+        y.store([row, column], tile.to(y.dtype))
+    else:
+        ptr, mask = _address(y, row, column, M, N, ROWS, COLUMNS)
+        tl.store(ptr, tile.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=("M",))
+def product_kernel(
+    x_ptr, w_ptr, x_step_ptr, w_step_ptr, bias_ptr, y_ptr, M, N, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+    GROUP: tl.constexpr, SPECIALISED: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) of int8 x (M, K) and w (N, K), each in its rows' steps; bias (N,) or None."""
+    x_tiles = _matrix(x_ptr, M, K, ROWS, DEPTH, TMA)
+    w_tiles = _matrix(w_ptr, N, K, COLUMNS, DEPTH, TMA)
+    y_tiles = _matrix(y_ptr, M, N, ROWS, COLUMNS, TMA)
+    down = tl.cdiv(M, ROWS)
+    across = tl.cdiv(N, COLUMNS)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), warp_specialize=SPECIALISED):
+        group = tile // (GROUP * across) * GROUP
+        height = tl.minimum(down - group, GROUP)
+        place = tile % (GROUP * across)
+        row = (group + place % height) * ROWS
+        column = place // height * COLUMNS
+        sums = tl.zeros([ROWS, COLUMNS], tl.int32)
+        for k in range(0, K, DEPTH):
+            x = _load(x_tiles, row, k, M, K, ROWS, DEPTH, TMA)
+            w = _load(w_tiles, column, k, N, K, COLUMNS, DEPTH, TMA)
+            sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
+        rows = row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        x_step = tl.load(x_step_ptr + rows, mask=rows < M, other=0.0)
+        w_step = tl.load(w_step_ptr + columns, mask=columns < N, other=0.0)
+        y = sums.to(tl.float32) * x_step[:, None] * w_step[None, :]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which loses nothing where it is small
+            y = y / (1.0 + tl.exp2((y + 0.044715 * y * y * y) * GELU_SLOPE))
+        _store(y_tiles, y, row, column, M, N, ROWS, COLUMNS, TMA)
+
+
+def quantise_options(K: int) -> dict[str, int | bool]:
+    """The compile-time arguments and launch options of quantise_kernel for rows of K."""
+    width = triton.next_power_of_2(K)
+    rows = max(1, HELD // width)
+    # a product and a sum in one rounding would not be the twin's
+    return {
+        "WIDTH": width,
+        "ROWS": rows,
+        "num_warps": max(1, min(8, rows * width // 2048)),
+        "enable_fp_fusion": False,
+    }
+
+
+def product_options(form: Form, gelu: bool) -> dict[str, int | bool]:
+    """The compile-time arguments and launch options of product_kernel."""
+    return {
+        "ROWS": form.rows,
+        "COLUMNS": form.columns,
+        "DEPTH": form.depth,
+        "TMA": form.tma,
+        "GROUP": GROUP,
+        "SPECIALISED": form.specialised,
+        "GELU": gelu,
+        "num_warps": form.warps,
+        "num_stages": form.stages,
+        "enable_fp_fusion": False,
+    }
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) -> int8 (M, K), steps (M,) fp32."""
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    step = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    launch = quantise_options(x.shape[1])
+    with torch.cuda.device_of(x):
+        quantise_kernel[(triton.cdiv(x.shape[0], launch["ROWS"]),)](x, y, step, *x.shape, **launch)
+    return y, step
+
+
+def product(
+    x: Tensor,
+    x_step: Tensor,
+    weight: Tensor,
+    weight_step: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    gelu: bool,
+    form: Form,
+) -> Tensor:
+    """Of x (M, K) and weight (N, K) in their steps, plus bias -> (M, N) in dtype."""
+    x, x_step, weight, weight_step = (t.contiguous() for t in (x, x_step, weight, weight_step))
+    bias = None if bias is None else bias.contiguous()
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=dtype, device=x.device)
+    programs = triton.cdiv(M, form.rows) * triton.cdiv(N, form.columns)
+    with torch.cuda.device_of(x):
+        if form.tma:
+            allow_descriptors(x.device)
+            programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
+        product_kernel[(programs,)](
+            x, weight, x_step, weight_step, bias, y, M, N, K, **product_options(form, gelu)
+        )
+    return y

@@ -1,0 +1,30 @@
+"""Plain-PyTorch twins of the kernels of 8-bit linear layers.
+
+Sums are of integers and exact, and everything else is one IEEE operation after another, in fp32: kernels
+that keep their order give the same bits on any machine, up to the GELU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import TINY
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) in steps of the 127th of each row's largest number -> int8 (M, K), steps (M,) fp32."""
+    x = x.float()
+    step = x.abs().amax(-1, keepdim=True).clamp(min=TINY) * (1 / 127)
+    return (x * step.reciprocal()).round().to(torch.int8), step.squeeze(-1)
+
+
+def product(
+    x: Tensor, x_step: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None, *, gelu: bool
+) -> Tensor:
+    """x (M, K) times weight (N, K), each in its rows' steps, plus bias (N,) -> (M, N) fp32; tanh's GELU."""
+    # fp64 is exact too; on a GPU PyTorch multiplies integers of few shapes
+    sums = x.double() @ weight.double().mT if x.is_cuda else torch._int_mm(x, weight.mT)
+    y = sums.float() * x_step.unsqueeze(1) * weight_step
+    if bias is not None:
+        y = y + bias.float()
+    return F.gelu(y, approximate="tanh") if gelu else y

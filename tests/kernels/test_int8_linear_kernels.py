@@ -1,0 +1,104 @@
+"""The Triton kernels of 8-bit linear layers: on a GPU, or in the interpreter by test_without_gpu.py."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import int8_linear_triton as kernels
+from kernels import reference_int8
+from kernels.int8_linear import Trial, int8_linear, int8_product, quantise_rows
+from tests.kernels.judging import DEVICE, GPU
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CAPABILITY = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if GPU else 0
+# M, K, N: one token, less than a tile and one more than half of it; depths and columns with ragged ends
+SMALL = [(1, 16, 8), (63, 176, 72), (65, 80, 130), (130, 48, 33)]
+# widths of Wan, of tiles that end inside, and of no multiple of anything
+WIDTHS = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120), (1541, 999)]
+LARGE = [(M, K, N) for (K, N), M in product(WIDTHS, (1, 65, 4101))] + [(32760, 1536, 8960)]
+CASES = [*SMALL, *LARGE] if GPU else SMALL
+
+
+def draw(M: int, K: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x with rows of unlike sizes, a weight and a bias."""
+    size = torch.logspace(-3, 3, M).unsqueeze(1)
+    x, weight, bias = torch.randn(M, K) * size, torch.randn(N, K), torch.randn(N)
+    return tuple(t.to(DEVICE, dtype) for t in (x, weight, bias))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_rows_are_quantised_as_by_the_twin(case: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, _, _ = draw(*case, dtype)
+    x[-1] = 0
+    for got, wanted in zip(kernels.quantise_rows(x), reference_int8.quantise_rows(x), strict=True):
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got, wanted)
+
+
+def test_halves_are_rounded_to_the_even() -> None:
+    # the largest is 127, so steps are 1, or a rounding off
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -3.5, 4.49, 126.51, -127.0]], device=DEVICE)
+    got, step = kernels.quantise_rows(x)
+    assert step.item() == pytest.approx(1, rel=2**-22)
+    wanted, _ = reference_int8.quantise_rows(x)
+    assert torch.equal(got, wanted)
+    # both neighbours of a half are as good to a step that is a rounding off; of the rest there is one
+    assert got[0, [0, 5, 6, 7]].tolist() == [127, 4, 127, -127]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_give_nan_and_no_other_does(bad: float) -> None:
+    x, weight, bias = draw(5, 48, 16, BF16)
+    x[2, 7] = bad
+    y = int8_linear(x, *quantise_rows(weight), bias)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_are_the_twins_bit_for_bit(case: tuple[int, int, int]) -> None:
+    x, weight, bias = draw(*case, BF16)
+    x, weight = reference_int8.quantise_rows(x), reference_int8.quantise_rows(weight)
+    wanted = reference_int8.product(*x, *weight, bias, gelu=False).to(BF16)
+    for form in kernels.forms_for(CAPABILITY, kernels.takes_descriptors(x[0], weight[0], BF16)):
+        got = kernels.product(*x, *weight, bias, dtype=BF16, gelu=False, form=form)
+        assert torch.equal(got, wanted), form
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_other_outputs_and_no_bias(dtype: torch.dtype) -> None:
+    x, weight, _ = draw(65, 80, 72, dtype)
+    x = x.clamp(-8, 8)  # no output beyond fp16
+    got = int8_linear(x.view(5, 13, 80), *quantise_rows(weight))
+    twin = reference_int8.product(
+        *reference_int8.quantise_rows(x), *reference_int8.quantise_rows(weight), None, gelu=False
+    )
+    assert got.dtype == dtype
+    assert torch.equal(got, twin.to(dtype).view(5, 13, 72))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gelu(case: tuple[int, int, int]) -> None:
+    x, weight, bias = draw(*case, FP32)
+    x, weight = quantise_rows(x), quantise_rows(weight)
+    y = reference_int8.product(*x, *weight, bias, gelu=False).double()
+    truth = torch.nn.functional.gelu(y, approximate="tanh")
+    got = int8_product(*x, *weight, bias, dtype=FP32, gelu=True)
+    # an exponential turns roundings of its argument, z, into z as many of its value, which matter while it is
+    # not small beside 1 or y beside the outputs: up to z of about 16.  A GPU's exponential and quotient are
+    # good to two more each
+    assert ((got - truth).abs() <= 32 * 2**-24 * truth.abs() + 2**-24).all()
+
+
+def test_trial_passes() -> None:
+    if not GPU:
+        pytest.skip("the trial is for GPUs; the interpreter takes minutes")
+    for dtype, gelu in product((BF16, FP16), (False, True)):
+        trial = Trial(torch.device(DEVICE), dtype, gelu)
+        for form in kernels.forms_for(CAPABILITY, True):
+            assert trial.share(form) <= 1, form
