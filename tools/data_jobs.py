@@ -16,9 +16,8 @@ from distill.shard_files import Keyed, Sample
 from tools.options import MISSING, parse
 from tools.video_clips import list_videos, read_clip
 from turbodiffusion.checkpoints import load_image_encoder, load_text_encoder, load_vae
-from turbodiffusion.checkpoints.loading import on_meta
+from turbodiffusion.checkpoints.metadata import empty_module
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines import options as inference
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, load
@@ -231,9 +230,9 @@ def build(options: Options, found: Found, sampling: Sampling) -> Pipeline:
 def load_encoders(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
     """All models but the network, which is there in shape only and takes no memory."""
     reports, where = found.reports, {"device": device, "dtype": dtype}
-    network, clip = reports["network"], reports.get("image_encoder")
+    clip = reports.get("image_encoder")
     return Models(
-        network=on_meta(lambda: WanModel(**network.config), network.path),
+        network=empty_module(reports["network"]),
         vae=load_vae(reports["vae"].path, **where),
         text_encoder=load_text_encoder(reports["text_encoder"].path, tokenizer=found.tokenizer, **where),
         image_encoder=clip and load_image_encoder(clip.path, **where),

@@ -4,16 +4,14 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import yaml
 
 from turbodiffusion.checkpoints import encoder_keys
 from turbodiffusion.checkpoints.keys import count_layers
-from turbodiffusion.checkpoints.metadata import Numbers, Report, shape_of
+from turbodiffusion.checkpoints.metadata import Numbers, Report, empty_module, shape_of
 from turbodiffusion.checkpoints.sources import Entries, mapped
 from turbodiffusion.checkpoints.vae_keys import vae_to_diffusers
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.variants import CONFIGS
 
 # VideoVAE's arguments -> the names in diffusers' config.json
@@ -42,7 +40,11 @@ def recognise(report: Report, entries: Entries, folder_config: dict[str, object]
     stated = report.metadata and report.metadata.config
     if report.kind == "vae":
         report.config = stated or _vae_config(report, entries, folder_config)
-        return _ours_of_vae(report.config, entries) if report.format == "diffusers" else entries
+        if report.format != "diffusers":
+            return entries
+        names, res_blocks = empty_module(report).state_dict(), report.config["res_blocks"]
+        ours = {vae_to_diffusers(name, res_blocks=res_blocks): name for name in names}
+        return {ours.get(name, name): entry for name, entry in entries.items()}
     if stated:
         report.config = stated
         return entries
@@ -52,13 +54,6 @@ def recognise(report: Report, entries: Entries, folder_config: dict[str, object]
     report.config = _text_sizes(shape) if is_text else _image_sizes(shape, folder_config)
     report.config["layers"] = count_layers(entries)
     return entries
-
-
-def _ours_of_vae(config: Numbers, entries: Entries) -> Entries:
-    with torch.device("meta"):
-        names = VideoVAE(**config).state_dict()
-    ours = {vae_to_diffusers(name, res_blocks=config["res_blocks"]): name for name in names}
-    return {ours.get(name, name): entry for name, entry in entries.items()}
 
 
 def _vae_config(report: Report, entries: Entries, folder_config: dict[str, object]) -> Numbers:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +12,8 @@ from turbodiffusion.checkpoints.detect import Checkpoint
 from turbodiffusion.checkpoints.encoder_keys import text_to_published
 from turbodiffusion.checkpoints.encoders import VAE_CONFIG
 from turbodiffusion.checkpoints.files import appearing_folder
-from turbodiffusion.checkpoints.loading import check_fit, kept_dtype, on_meta
-from turbodiffusion.checkpoints.metadata import Metadata, Numbers, class_of
+from turbodiffusion.checkpoints.loading import check_fit, kept_dtype
+from turbodiffusion.checkpoints.metadata import Metadata, Numbers, empty_module
 from turbodiffusion.checkpoints.saving import write_json, write_safetensors, write_shards, write_torch
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.checkpoints.vae_keys import vae_to_diffusers
@@ -50,8 +49,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None, deed: dict[str, o
     report = checkpoint.report
     entries = checkpoint.floats(dtype or torch.bfloat16)
     # no text is read here, so any tokenizer does
-    tokenizer = {"tokenizer": ByteTokenizer()} if report.kind == "text_encoder" else {}
-    module = on_meta(partial(class_of(report.kind), **report.config, **tokenizer), report.path)
+    module = empty_module(report, **({"tokenizer": ByteTokenizer()} if report.kind == "text_encoder" else {}))
     check_fit(module, entries, report.path)
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.locate import locate
-from turbodiffusion.checkpoints.metadata import Report, class_of
+from turbodiffusion.checkpoints.metadata import Report, empty_module
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer, FileTokenizer
@@ -26,8 +25,8 @@ if TYPE_CHECKING:  # their modules import transformers, which takes seconds
     from turbodiffusion.models.clip import ImageEncoder
     from turbodiffusion.models.text import TextEncoder
 
-Module = TypeVar("Module", bound=nn.Module)
-Place = Callable[[str], tuple[torch.device | str, torch.dtype]]  # a tensor's name -> where and as what
+Device = torch.device | str
+Place = Callable[[str], tuple[Device, torch.dtype]]  # a tensor's name -> where and as what
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,7 @@ class LoadedNetwork:
 
 
 def load_network(
-    path: str | Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    variant: str | None = None,
-    ema: bool = True,
+    path: str | Path, *, device: Device, dtype: torch.dtype, variant: str | None = None, ema: bool = True
 ) -> LoadedNetwork:
     """The video transformer in any supported checkpoint; memory peaks at one copy of it plus one tensor.
 
@@ -58,41 +52,43 @@ def load_network(
     if report.variant is None:
         choices = ", ".join(report.candidates) or "the one whose task and channels it shares"
         raise UserError(f"{report.path} does not say its variant; pass variant= with one of {choices}")
-    network = _build(checkpoint, WanModel, device, dtype)
+    network = _filled(checkpoint, device, dtype)
     own = replace(named_variant(report.variant), network=network.config)
     return LoadedNetwork(network, own, report.sampling, report)
 
 
-def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
+def load_vae(path: str | Path, *, device: Device, dtype: torch.dtype) -> VideoVAE:
     """A VAE: ours, the published .pth or diffusers'.  Raises UserError for a file that does not fit."""
-    return _build(open_kind(path, "vae"), VideoVAE, device, dtype)
+    return _filled(open_kind(path, "vae"), device, dtype)
 
 
 def load_text_encoder(
-    path: str | Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    tokenizer: str | Path | None = None,
+    path: str | Path, *, device: Device, dtype: torch.dtype, tokenizer: str | Path | None = None
 ) -> TextEncoder:
     """A umT5 encoder.  Unless given, its tokenizer is looked for beside it; the byte-level one needs no file.
 
     Raises UserError for a file that does not fit.
     """
-
-    def make(*, vocab: int, **sizes: int) -> TextEncoder:
-        if tokenizer is None and vocab == ByteTokenizer.vocab:
-            reader = ByteTokenizer()
-        else:
-            reader = FileTokenizer(tokenizer or locate("tokenizer", "umt5_xxl", Path(path)))
-        return class_of("text_encoder")(tokenizer=reader, vocab=vocab, **sizes)
-
-    return _build(open_kind(path, "text_encoder"), make, device, dtype)
+    checkpoint = open_kind(path, "text_encoder")
+    if tokenizer is None and checkpoint.report.config.get("vocab") == ByteTokenizer.vocab:
+        reader = ByteTokenizer()
+    else:
+        reader = FileTokenizer(tokenizer or locate("tokenizer", "umt5_xxl", Path(path)))
+    return _filled(checkpoint, device, dtype, tokenizer=reader)
 
 
-def load_image_encoder(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
+def load_image_encoder(path: str | Path, *, device: Device, dtype: torch.dtype) -> ImageEncoder:
     """A CLIP image tower.  Raises UserError for a file that does not fit."""
-    return _build(open_kind(path, "image_encoder"), class_of("image_encoder"), device, dtype)
+    return _filled(open_kind(path, "image_encoder"), device, dtype)
+
+
+def _filled(checkpoint: Checkpoint, device: Device, dtype: torch.dtype, **others: object) -> nn.Module:
+    """The checkpoint's module; others: arguments of its class that no checkpoint has."""
+    report = checkpoint.report
+    module = empty_module(report, **others)
+    entries = checkpoint.floats(dtype)
+    fill(module, entries, report.path, lambda name: (device, kept_dtype(report.kind, name, dtype)))
+    return module
 
 
 def fill(module: nn.Module, entries: Entries, path: Path, place: Place) -> None:
@@ -104,15 +100,6 @@ def fill(module: nn.Module, entries: Entries, path: Path, place: Place) -> None:
         # a copy, since what was read may be a window on the file
         state[name] = entries[name].load().to(device, dtype, copy=True)
     module.load_state_dict(state, strict=True, assign=True)
-
-
-def on_meta(make: Callable[[], Module], path: Path) -> Module:
-    """The module without memory for its parameters; UserError if the checkpoint's config does not fit."""
-    try:
-        with torch.device("meta"):
-            return make()
-    except TypeError as error:
-        raise UserError(f"{path} carries a config that does not fit this code: {error}") from error
 
 
 def kept_dtype(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -135,13 +122,3 @@ def check_fit(module: nn.Module, entries: Entries, path: Path) -> None:
     }
     if said := [f"{len(names)} {fault}: {', '.join(names[:10])}" for fault, names in faults.items() if names]:
         raise UserError(f"{path} does not fit {type(module).__name__}; {'; '.join(said)}")
-
-
-def _build(
-    checkpoint: Checkpoint, make: Callable[..., Module], device: torch.device | str, dtype: torch.dtype
-) -> Module:
-    report = checkpoint.report
-    module = on_meta(partial(make, **report.config), report.path)
-    entries = checkpoint.floats(dtype)
-    fill(module, entries, report.path, lambda name: (device, kept_dtype(report.kind, name, dtype)))
-    return module

@@ -100,6 +100,18 @@ def class_of(kind: str) -> type[nn.Module]:
     return ImageEncoder
 
 
+def empty_module(report: Report, **others: object) -> nn.Module:
+    """A checkpoint's module on the meta device; others: arguments of its class that no checkpoint has.
+
+    Raises UserError if the checkpoint's config does not fit.
+    """
+    try:
+        with torch.device("meta"):
+            return class_of(report.kind)(**report.config, **others)
+    except TypeError as error:
+        raise UserError(f"{report.path} carries a config that does not fit this code: {error}") from error
+
+
 def kind_of(module: nn.Module) -> str:
     """One of KINDS; TypeError for any other module."""
     for kind in KINDS:
