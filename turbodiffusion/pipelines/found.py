@@ -9,7 +9,7 @@ import torch
 from turbodiffusion import checkpoints
 from turbodiffusion.attention import Attention, chosen, fastest, spoken
 from turbodiffusion.checkpoints import Report
-from turbodiffusion.checkpoints.loading import on_meta
+from turbodiffusion.checkpoints.metadata import empty_module
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
@@ -39,8 +39,7 @@ class Found:
 
     def empty_vae(self) -> VideoVAE:
         """The VAE without weights, on the meta device."""
-        report = self.reports["vae"]
-        return on_meta(partial(VideoVAE, **report.config), report.path)
+        return empty_module(self.reports["vae"])
 
     def multiple(self) -> int:
         """What width and height must divide by."""
