@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -99,7 +99,7 @@ class Run:
             "loading_seconds": round(loading.seconds["loading"], 3),
         }
 
-    def all(self, shots: Iterable[Shot]) -> None:
+    def all(self, shots: Sequence[Shot]) -> None:
         """Make every shot, then say how long each stage took."""
         for shot in shots:
             self._make(shot)
@@ -119,7 +119,7 @@ class Run:
             shared = Watch(self.pipeline.device, on_progress)
             encoded = self.pipeline.encode(clip, shared)
             self.seconds.update(shared.seconds)
-            for seed, path in shot.outputs:
+            for seed, path in shot.outputs.items():
                 watch = Watch(self.pipeline.device, on_progress)
                 latents = self.pipeline.denoise(encoded, [seed], watch)
                 frames = self.pipeline.decode(latents, watch)[0]
@@ -161,14 +161,14 @@ class Run:
         self.console.print(table)
 
 
-def _unfinished(console: Console, shots: Iterable[Shot]) -> list[Shot]:
+def _unfinished(console: Console, shots: Sequence[Shot]) -> list[Shot]:
     """The shots with the files that do not exist."""
 
     def is_made(path: Path) -> bool:
         return path.exists() and path.with_suffix(".json").exists()
 
     left = [
-        replace(shot, outputs=tuple((seed, path) for seed, path in shot.outputs if not is_made(path)))
+        replace(shot, outputs={seed: path for seed, path in shot.outputs.items() if not is_made(path)})
         for shot in shots
     ]
     count, missing = (sum(len(shot.outputs) for shot in part) for part in (shots, left))

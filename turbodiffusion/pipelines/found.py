@@ -63,9 +63,8 @@ def find(options: Options) -> Found:
     if report.config["clip_tokens"]:
         names["image_encoder"] = "clip_vit_h"
     for kind, name in names.items():
-        reports[kind] = _detect(
-            kind, checkpoints.locate(kind, name, high, given=getattr(options, kind)), kind
-        )
+        path = checkpoints.locate(kind, name, high, given=getattr(options, kind))
+        reports[kind] = _detect(kind, path, kind)
     tokenizer = None
     text = reports["text_encoder"]
     if options.tokenizer or text.config["vocab"] != ByteTokenizer.vocab:

@@ -49,9 +49,8 @@ class Plan:
     def peak(self, mode: Offload) -> int:
         """Bytes on the device at the worst moment."""
         if mode == "none":
-            return sum(stage.weights for stage in self.stages) + max(
-                stage.activations for stage in self.stages
-            )
+            most = max(stage.activations for stage in self.stages)
+            return most + sum(stage.weights for stage in self.stages)
         part = "weights" if mode == "stage" else "streamed"
         return max(getattr(stage, part) + stage.activations for stage in self.stages)
 

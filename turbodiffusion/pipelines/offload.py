@@ -68,23 +68,19 @@ class BlockStream:
     """
 
     def __init__(self, units: Sequence[nn.Module], device: torch.device):
-        self.device, self.units = device, list(units)
+        self.device = device
         self.backend = torch.get_device_module(device)
         self.is_async = device.type != "cpu" and hasattr(self.backend, "Stream")
         self.side = self.backend.Stream(device=device) if self.is_async else None
-        self.home = [[(tensor, self._pinned(tensor)) for tensor in _tensors(unit)] for unit in self.units]
+        self.home = [[(tensor, self._pinned(tensor)) for tensor in _tensors(unit)] for unit in units]
         # fixed places, not fresh allocations: those would grow as far as the host runs ahead of the device
         self.places = [[torch.empty_like(host, device=device) for _, host in self.home[0]] for _ in range(2)]
         self.turn = 0
         self.arriving: int | None = None
-        self.hooks = [
-            hook
-            for i, unit in enumerate(self.units)
-            for hook in (
-                unit.register_forward_pre_hook(lambda *_, i=i: self._enter(i)),
-                unit.register_forward_hook(lambda *_, i=i: _point(self.home[i])),
-            )
-        ]
+        self.hooks = []
+        for i, unit in enumerate(units):
+            self.hooks.append(unit.register_forward_pre_hook(lambda *_, i=i: self._enter(i)))
+            self.hooks.append(unit.register_forward_hook(lambda *_, i=i: _point(self.home[i])))
 
     def close(self) -> None:
         """Stop streaming; every unit is in host memory again."""
@@ -114,13 +110,11 @@ class BlockStream:
         if self.arriving != i:
             self._fetch(i)
         self.turn = 1 - self.turn
-        _point(
-            (tensor, place) for (tensor, _), place in zip(self.home[i], self.places[self.turn], strict=True)
-        )
+        _point(zip((tensor for tensor, _ in self.home[i]), self.places[self.turn], strict=True))
         if self.is_async:
             self.backend.current_stream(self.device).wait_stream(self.side)
         # nothing of this unit is queued yet: the copy waits for the one before it, and runs beside this one
-        self._fetch((i + 1) % len(self.units))
+        self._fetch((i + 1) % len(self.home))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

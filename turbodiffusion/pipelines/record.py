@@ -9,8 +9,6 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from turbodiffusion.pipelines.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +49,7 @@ def fingerprint(path: Path) -> dict[str, object]:
 
 def environment() -> dict[str, str | None]:
     """Versions, and the commit where this is a checkout; None for what can not be told."""
-    found = dict.fromkeys((*PACKAGES, "commit"))
+    found = {"python": platform.python_version(), **dict.fromkeys((*PACKAGES, "commit"))}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):  # a checkout that is not installed
             found[package] = version(package)
@@ -60,4 +58,4 @@ def environment() -> dict[str, str | None]:
         with suppress(OSError, subprocess.SubprocessError):
             said = subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL, timeout=10)
             found["commit"] = said.strip()
-    return {"python": platform.python_version(), **found, "torch_build": torch.__version__}
+    return found

@@ -29,7 +29,7 @@ class Shot(Item):
     """An item with nothing left open, its size, and the files it becomes, one per seed."""
 
     size: Size
-    outputs: tuple[tuple[int, Path], ...]  # seed, file
+    outputs: dict[int, Path]  # by seed
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,10 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 or float32; auto is bfloat16 except on a CPU."""
-    choices = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    choices = {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if name not in choices:
-        raise UserError(f"dtype={name} is not one of auto, {', '.join(choices)}.")
+        raise UserError(f"dtype={name} is not one of {', '.join(choices)}.")
     return choices[name]
 
 
@@ -103,9 +102,7 @@ def _items(options: Options, sampling: Sampling) -> list[Item]:
     """What to make; what an item leaves open is as on the command line, else as in the checkpoint."""
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("prompt= and prompt_file= exclude each other: pass one of them.")
-    prompt = options.prompt
-    if prompt is None and options.ckpt is None:
-        prompt = DEMO_PROMPT
+    prompt = DEMO_PROMPT if options.prompt is None and options.ckpt is None else options.prompt
     if options.prompt_file is not None:
         items = read_items(Path(options.prompt_file).expanduser())
     elif prompt is None:
@@ -157,15 +154,13 @@ def _size(item: Item, area: Size, multiple: int, *, adaptive: bool) -> Size:
     if adaptive:
         return adaptive_size(area, shape, multiple)
     if not 1 / STRETCH < (width * area.height) / (height * area.width) < STRETCH:
-        warnings.warn(
-            f"{item.image} is {shape} and is stretched to {area}: adaptive=true keeps its shape.",
-            stacklevel=2,
-        )
+        said = f"{item.image} is {shape} and is stretched to {area}: adaptive=true keeps its shape."
+        warnings.warn(said, stacklevel=2)
     return check_size(area, multiple)
 
 
-def _outputs(options: Options, items: list[Item], suffix: str) -> list[tuple[tuple[int, Path], ...]]:
-    """Seeds and files of each item; makes the folder."""
+def _outputs(options: Options, items: list[Item], suffix: str) -> list[dict[int, Path]]:
+    """The files of each item, by seed; makes the folder."""
     if options.num_samples < 1:
         raise UserError(f"num_samples={options.num_samples}: take at least one.")
     out = Path(options.out).expanduser()
@@ -176,18 +171,18 @@ def _outputs(options: Options, items: list[Item], suffix: str) -> list[tuple[tup
     if is_file and options.prompt_file is not None:
         raise UserError(f"out={out}: a prompt file makes many videos, so pass a folder.")
     _make_folder(out.parent if is_file else out)
-    results = []
+    is_exact = is_file and options.num_samples == 1
+    outputs = []
     for item in items:
         seeds = range(item.seed, item.seed + options.num_samples)
         if seeds[0] not in SEEDS or seeds[-1] not in SEEDS:
             raise UserError(f"seed={item.seed}: seeds go from 0 to {SEEDS[-1]}.")
         stem = out.with_suffix("") if is_file else out / str(item.name)
-        is_exact = is_file and options.num_samples == 1
-        results.append(tuple((s, out if is_exact else Path(f"{stem}_seed{s}{suffix}")) for s in seeds))
-    counts = Counter(file for result in results for _, file in result)
+        outputs.append({seed: out if is_exact else Path(f"{stem}_seed{seed}{suffix}") for seed in seeds})
+    counts = Counter(file for files in outputs for file in files.values())
     if twice := {file for file, count in counts.items() if count > 1}:
         raise UserError(f"two prompts would be written to {min(twice)}: give them different names.")
-    return results
+    return outputs
 
 
 def _make_folder(folder: Path) -> None:
