@@ -1,0 +1,53 @@
+"""8-bit linear layers in a Wan transformer, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.int8_linear import int8_linear, quantise_rows
+from turbodiffusion.models.swap import swap
+from turbodiffusion.models.wan import WanModel
+
+
+class Int8Linear(nn.Module):
+    """nn.Linear with int8 weights, which quantises tokens as they come and has no derivatives.
+
+    x (..., in) -> (..., out) in x's dtype.  weight (out, in) int8 counts in steps, scale (out,) fp32; bias
+    (out,) is as it was.  gelu: tanh's GELU follows.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, gelu: bool = False):
+        super().__init__()
+        self.gelu = gelu
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
+        """The nearest to a linear layer; of one on the meta device, one to load into."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(*quantise_rows(linear.weight.detach()), bias)
+
+    # a first call tries kernels on the device; there is nothing to fuse around them
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.scale, self.bias, gelu=self.gelu)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, gelu={self.gelu}"
+
+
+def to_int8(model: WanModel) -> list[str]:
+    """Quantise the linear layers of a network's blocks, where they are -> their names within the blocks.
+
+    These are most of its weights; embeddings, modulation, norms, the head and the linear branch of attention
+    stay.  A state dict then has int8 `X.weight` and fp32 `X.scale` under the names of before.
+    """
+    names = swap(model.blocks, lambda child: isinstance(child, nn.Linear), Int8Linear.from_linear)
+    for block in model.blocks:
+        block.ffn[0].gelu = True
+        block.ffn[1] = nn.Identity()
+    return names
