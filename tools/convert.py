@@ -22,9 +22,9 @@ from torch import Tensor
 from tools.options import MISSING, parse
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.detect import open_checkpoint
-from turbodiffusion.checkpoints.export import Export, check_destination, prepare, write
-from turbodiffusion.checkpoints.metadata import KINDS
-from turbodiffusion.checkpoints.sources import Entry
+from turbodiffusion.checkpoints.export import check_destination, prepare, write
+from turbodiffusion.checkpoints.metadata import KINDS, Metadata
+from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
@@ -60,11 +60,11 @@ def convert(options: Options) -> str:
     check_destination(report.kind, dst, options.format.name)
     dtype = options.dtype and getattr(torch, options.dtype.name)
     deed = {"converted": report.path.name, "from": report.format, "dtype": str(dtype or "as stored")}
-    export = prepare(checkpoint, dtype, deed)
-    write_shown(export, dst, options.format.name, int(options.shard_gb * 1e9))
-    size = sum(entry.nbytes for entry in export.entries.values()) / 1e9
+    entries, metadata = prepare(checkpoint, dtype, deed)
+    write_shown(entries, metadata, dst, options.format.name, int(options.shard_gb * 1e9))
+    size = sum(entry.nbytes for entry in entries.values()) / 1e9
     line = f"{report.path} ({report.format}) -> {dst} ({options.format.name})"
-    line += f": {len(export.entries)} tensors, {size:.3f} GB"
+    line += f": {len(entries)} tensors, {size:.3f} GB"
     if report.kind != "network" or dst.suffix != ".pth":
         return line
     if report.sampling and report.sampling.student:
@@ -74,12 +74,14 @@ def convert(options: Options) -> str:
     return line
 
 
-def write_shown(export: Export, dst: Path, format: str, max_shard: int = 10 * 10**9) -> None:
+def write_shown(
+    entries: Entries, metadata: Metadata, dst: Path, format: str, max_shard: int = 10 * 10**9
+) -> None:
     """`export.write` behind a progress bar."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("tensors", total=len(export.entries))
-        entries = {name: _counted(e, lambda: progress.advance(task)) for name, e in export.entries.items()}
-        write(replace(export, entries=entries), dst, format, max_shard)
+        task = progress.add_task("tensors", total=len(entries))
+        counted = {name: _counted(entry, lambda: progress.advance(task)) for name, entry in entries.items()}
+        write(counted, metadata, dst, format, max_shard)
 
 
 def _counted(entry: Entry, tick: Callable[[], None]) -> Entry:

@@ -101,8 +101,8 @@ def merge(options: Options) -> str:
     deed = {"merged": names, "weight": options.weight, "tensors": dict(counts)}
     report = _described(base.report, diff_base.report, diff_target.report)
     # named after dst, where what is copied may turn out not to fit
-    export = prepare(Checkpoint(replace(report, path=dst), entries), None, deed)
-    write_shown(export, dst, "ours")
+    new = Checkpoint(replace(report, path=dst), entries)
+    write_shown(*prepare(new, None, deed), dst, "ours")
     said = ", ".join(f"{counts[each]} {each}" for each in (MERGED, MISSED, SHAPED, COPIED, LEFT))
     plain = Counter((each, re.sub(r"^blocks[.][0-9]+", "blocks.*", name)) for name, each in fate.items())
     lines = [f"  {each}: {name} ({count})" for (each, name), count in plain.items() if each != MERGED]

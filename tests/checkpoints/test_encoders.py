@@ -17,7 +17,7 @@ from turbodiffusion.checkpoints import (
     load_vae,
     save,
 )
-from turbodiffusion.checkpoints.detect import open_checkpoint, sized_vae
+from turbodiffusion.checkpoints.detect import open_checkpoint
 from turbodiffusion.checkpoints.encoder_keys import text_to_published
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.clip import ImageEncoder
@@ -72,9 +72,8 @@ def test_a_published_vae_is_known_by_its_widths(name: str, count: int, tmp_path:
     )
     checkpoint = open_checkpoint(path, kind="vae")
     assert (checkpoint.report.kind, checkpoint.report.format) == ("vae", "wan")
-    found, entries = sized_vae(checkpoint)
-    assert found == config
-    assert {key: entry.shape for key, entry in entries.items()} == shapes
+    assert checkpoint.report.config == config
+    assert {key: entry.shape for key, entry in checkpoint.entries.items()} == shapes
 
 
 def test_a_vae_without_statistics_is_refused(tmp_path: Path) -> None:

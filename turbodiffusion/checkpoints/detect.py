@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from turbodiffusion.checkpoints import encoders, keys
-from turbodiffusion.checkpoints.metadata import Numbers, Report, read_metadata
+from turbodiffusion.checkpoints.metadata import Report, read_metadata
 from turbodiffusion.checkpoints.network_config import choose_variant, network_config
 from turbodiffusion.checkpoints.quantised import dequantised
 from turbodiffusion.checkpoints.sources import DCP, Entries, open_source
@@ -41,11 +41,6 @@ class Checkpoint:
 def detect(path: str | Path, *, kind: str = "network", variant: str | None = None) -> Report:
     """What the checkpoint at `path` is.  `kind` matters only for the folder of a whole diffusers pipeline."""
     return open_checkpoint(path, kind=kind, variant=variant).report
-
-
-def sized_vae(checkpoint: Checkpoint) -> tuple[Numbers, Entries]:
-    """VideoVAE's arguments and tensors."""
-    return checkpoint.report.config, checkpoint.entries
 
 
 def open_kind(path: str | Path, kind: str, *, variant: str | None = None, ema: bool = True) -> Checkpoint:

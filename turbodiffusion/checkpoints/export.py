@@ -25,14 +25,6 @@ _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
-class Export:
-    """Tensors with our names, checked and ready to be written, and what they are."""
-
-    entries: Entries
-    metadata: Metadata
-
-
-@dataclass(frozen=True)
 class Format:
     """suffixes: of its files, "" for a folder; names: from ours to its; config: a folder's config.json."""
 
@@ -41,10 +33,13 @@ class Format:
     config: Callable[[Numbers], dict[str, object]] | None = None
 
 
-def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None, deed: dict[str, object]) -> Export:
-    """The tensors with our names, in `dtype` or as stored; strict like loading.  deed: for the history.
+def prepare(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, deed: dict[str, object]
+) -> tuple[Entries, Metadata]:
+    """The tensors with our names, in `dtype` or as stored, and what they are; strict like loading.
 
     INT8 weights become `dtype`, else bf16.  With a `dtype` a network's norms and modulation become fp32.
+    deed: what is done, for the history.
     """
     report = checkpoint.report
     entries = checkpoint.floats(dtype or torch.bfloat16)
@@ -54,22 +49,22 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None, deed: dict[str, o
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}
     past = report.metadata.history if report.metadata else ()
-    metadata = Metadata(report.kind, module.config, report.variant, report.sampling, (*past, deed))
-    return Export(entries, metadata)
+    return entries, Metadata(report.kind, module.config, report.variant, report.sampling, (*past, deed))
 
 
-def write(export: Export, path: Path, format: str, max_shard: int) -> None:
+def write(entries: Entries, metadata: Metadata, path: Path, format: str, max_shard: int) -> None:
     """Write the tensors in `format`; a folder gets shards of at most `max_shard` bytes.
 
     Raises UserError where the format has no place for what there is.
     """
-    kind, config = export.metadata.kind, export.metadata.config
+    kind, config = metadata.kind, metadata.config
     suffix = check_destination(kind, path, format)
     if format in ("wan", "diffusers") and config.get("attention", DENSE) != DENSE:
         raise UserError("that format has no place for SLA's proj_l; use format=ours or format=turbodiffusion")
     target = _FORMATS[kind][format]
-    entries = target.names(export.entries, config) if target.names else export.entries
-    header = replace(export.metadata, format=format).header()
+    if target.names:
+        entries = target.names(entries, config)
+    header = replace(metadata, format=format).header()
     if suffix == ".pth":
         write_torch(path, entries)
     elif suffix:

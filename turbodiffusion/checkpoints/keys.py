@@ -105,8 +105,8 @@ def network_to_diffusers(name: str) -> str:
 def from_turbodiffusion(entries: Entries) -> Entries:
     """Ours from rCM and TurboDiffusion files: patch weight (D, 4 in) -> (D, in, 1, 2, 2), and SLA moves."""
     renamed = {rename(name, _FROM_TURBODIFFUSION) or name: entry for name, entry in entries.items()}
-    patch = renamed.get(_PATCH)
-    if patch is not None and len(patch.shape) == 2 and patch.shape[1] % 4 == 0:
+    patch = renamed[_PATCH]
+    if len(patch.shape) == 2 and patch.shape[1] % 4 == 0:
         renamed[_PATCH] = _reshaped(patch, (patch.shape[0], patch.shape[1] // 4, 1, 2, 2))
     return renamed
 

@@ -80,7 +80,7 @@ def _choose_sampling(report: Report, variant: Variant) -> None:
     if report.metadata and report.metadata.sampling:
         report.sampling = report.metadata.sampling
         say(f"sampling: from our metadata ({report.sampling.sampler})")
-    elif any(re.search(r"turbowan|(^|[^a-z])rcm([^a-z]|$)", part) for part in _parts(report.path)[:2]):
+    elif any(re.search(r"turbowan|(?<![a-z])rcm(?![a-z])", part) for part in _parts(report.path)[:2]):
         # the published students start at these noise levels
         report.sampling = variant.sampling.as_student(80.0 if "t2v" in variant.tasks else 200.0)
         say("student: a guess from the name; keys can not tell teacher from student")
@@ -130,29 +130,27 @@ def _sizes(report: Report, entries: Entries) -> dict[str, int]:
 
 
 def _parts(path: Path) -> list[str]:
-    """The path's names in small letters, the innermost first; no deeper than a hub's cache goes."""
-    return [part.lower() for part in reversed(path.absolute().parts)][:5]
+    """The words of the path's names, the innermost first; no deeper than a hub's cache goes."""
+    names = reversed(path.absolute().parts)
+    return [" ".join(re.findall(r"[a-z0-9]+", name.lower())) for name in names][:5]
 
 
 def _named_in(path: Path, names: tuple[str, ...]) -> str | None:
     experts = [name for name in names if variants()[name].experts]
     for part in _parts(path):
-        text = re.sub(r"[^a-z0-9]", "", part)
         for name in names:
-            if re.sub(r"[^a-z0-9]", "", name) in text:
+            if re.sub(r"[^a-z0-9]", "", name) in part.replace(" ", ""):
                 return name
-        if re.search(r"(high|low)noise", text) and len(experts) == 1:
+        if re.search(r"(high|low) ?noise", part) and len(experts) == 1:
             return experts[0]
     return None
 
 
 def _expert(path: Path) -> str | None:
     for part in _parts(path)[:2]:
-        words = re.split(r"[^a-z0-9]+", part)
-        for expert in ("high", "low"):
-            if expert in words:
-                return expert
+        if said := re.search(r"\b(high|low)\b", part):
+            return said[1]
         # diffusers' folders
-        if words[:1] == ["transformer"]:
-            return "low" if words[1:] == ["2"] else "high"
+        if re.match(r"transformer\b", part):
+            return "low" if part == "transformer 2" else "high"
     return None
