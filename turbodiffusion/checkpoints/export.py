@@ -28,7 +28,7 @@ _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 class Format:
     """suffixes: of its files, "" for a folder; names: from ours to its; config: a folder's config.json."""
 
-    suffixes: tuple[str, ...]
+    suffixes: tuple[str, ...] = (".safetensors",)
     names: Callable[[Entries, Numbers], Entries] | None = None
     config: Callable[[Numbers], dict[str, object]] | None = None
 
@@ -44,7 +44,8 @@ def prepare(
     report = checkpoint.report
     entries = checkpoint.floats(dtype or torch.bfloat16)
     # no text is read here, so any tokenizer does
-    module = empty_module(report, **({"tokenizer": ByteTokenizer()} if report.kind == "text_encoder" else {}))
+    others = {"tokenizer": ByteTokenizer()} if report.kind == "text_encoder" else {}
+    module = empty_module(report, **others)
     check_fit(module, entries, report.path)
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}
@@ -149,7 +150,6 @@ def _diffusers_vae_config(config: Numbers) -> dict[str, object]:
     }
 
 
-_OURS = Format((".safetensors",))
 _FORMATS = {
     "network": {
         "ours": Format((".safetensors", "")),
@@ -158,13 +158,13 @@ _FORMATS = {
         "turbodiffusion": Format((".pth",), lambda entries, _: keys.to_turbodiffusion(entries)),
     },
     "vae": {
-        "ours": _OURS,
+        "ours": Format(),
         "wan": Format((".pth", ".safetensors")),
         "diffusers": Format(("",), _vae_to_diffusers, _diffusers_vae_config),
     },
     "text_encoder": {
-        "ours": _OURS,
+        "ours": Format(),
         "wan": Format((".pth",), lambda entries, _: text_to_published(entries)),
     },
-    "image_encoder": {"ours": _OURS},
+    "image_encoder": {"ours": Format()},
 }

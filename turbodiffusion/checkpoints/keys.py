@@ -73,12 +73,9 @@ _SLA = "blocks.{}.self_attn.core.proj_l"
 _TO_TURBODIFFUSION = with_leaves({_SLA: "blocks.{}.self_attn.attn_op.local_attn.proj_l"})
 _FROM_TURBODIFFUSION = inverse(_TO_TURBODIFFUSION)
 # converters outside this project have three names for SLA's projection in diffusers-like files
+_SLA_PLACES = ("attn_op.local_attn", "local_attn", "attn_impl")
 _FROM_DIFFUSERS = inverse(_TO_DIFFUSERS) | with_leaves(
-    {
-        "blocks.{}.attn1.attn_op.local_attn.proj_l": _SLA,
-        "blocks.{}.attn1.local_attn.proj_l": _SLA,
-        "blocks.{}.attn1.attn_impl.proj_l": _SLA,
-    }
+    {f"blocks.{{}}.attn1.{place}.proj_l": _SLA for place in _SLA_PLACES}
 )
 
 

@@ -39,11 +39,9 @@ def network_config(report: Report, entries: Entries, folder_config: dict[str, ob
     heads = folder_config.get("num_heads", folder_config.get("num_attention_heads")) or known.get("heads")
     length = folder_config.get("text_len") or known["text_length"]
     if heads is None:
-        heads, rest = divmod(seen["dim"], HEAD_WIDTH)
+        heads, rest = divmod(dim := seen["dim"], HEAD_WIDTH)
         if rest:
-            raise UserError(
-                f"{report.path} does not say its heads: width {seen['dim']} is no multiple of 128"
-            )
+            raise UserError(f"{report.path} does not say its heads: width {dim} is no multiple of 128")
     report.reasons.append(
         f"heads {heads} and text length {length}: from config.json, the variant, or Wan's usual"
     )

@@ -2,8 +2,10 @@
 
 import json
 import struct
+from functools import cache
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -13,20 +15,6 @@ from turbodiffusion.checkpoints.metadata import Metadata, kind_of
 from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SHARD_NAME, Entries, Entry
 from turbodiffusion.variants import Sampling
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 STEM = "diffusion_pytorch_model"
 
 
@@ -62,7 +50,7 @@ def write_safetensors(path: Path, entries: Entries, header: dict[str, str]) -> N
     for name in names:
         start, end = end, end + entries[name].nbytes
         described[name] = {
-            "dtype": SAFETENSORS_DTYPES[entries[name].dtype],
+            "dtype": _dtype_name(entries[name].dtype),
             "shape": entries[name].shape,
             "data_offsets": (start, end),
         }
@@ -110,3 +98,9 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     """Readable JSON."""
     with appearing(path) as part:
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    # as the library spells it in the header of a file of its own
+    return json.loads(safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]

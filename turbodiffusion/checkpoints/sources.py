@@ -113,9 +113,10 @@ def _open_folder(folder: Path, part: str) -> Source:
         raise UserError(f"folder {folder} holds no checkpoint")
     # shards of one set count once
     sets = {shard.groups() if (shard := _SHARD.fullmatch(file.name)) else file.name for file in files}
-    if len(sets) > 1:
+    # a torch file's own name may say what nothing in it does
+    if len(sets) > 1 or files[0].suffix in (".pth", ".pt"):
         names = ", ".join(file.name for file in files[:6])
-        raise UserError(f"folder {folder} holds several files ({names}); give one of them")
+        raise UserError(f"folder {folder} holds {names}; give one of these files")
     return replace(open_source(files[0]), path=folder, config=_config_beside(files[0]))
 
 
