@@ -15,9 +15,7 @@ def jvp(
     A tangent has its primal's shape and dtype; None stands for zero.  Raises RuntimeError when no tangent
     comes out of fn: taken for zero, it would silently remove a term from a loss.
     """
-    # compiled code knows no dual numbers: compiled modules run as they were written
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level():
         duals = [
             primal if tangent is None else forward_ad.make_dual(primal, tangent)
             for primal, tangent in zip(primals, tangents, strict=True)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distill import sharding
 from distill.autoencoding import Autoencoder, AutoencoderOutcome, Autoencoding, initialize
 from distill.caption_reading import CaptionReading, CaptionStream, Reader, ReaderOutcome
+from distill.compiled import compile_units
 from distill.data import EncodedClips, RenderedClips
 from distill.flow_matching import FlowMatching, TextToVelocity
 from distill.objective import Parts, everything, nothing
@@ -83,8 +84,8 @@ class Hardware:
             raise UserError(f"shard={self.shard}: only distillation shards its networks; leave shard=1")
         lower(module, self.dtype, nothing if self.shard > 1 else keep_fp32).to(self.device)
         rematerialize(units, self.remat)
-        for unit in [] if self.compile_mode is None else units:
-            unit.compile(mode=self.compile_mode)
+        if self.compile_mode is not None:
+            compile_units(units, partial(torch.compile, mode=self.compile_mode))
         if self.shard > 1:
             sharding.shard(module, units, self._ranks)
 

@@ -37,7 +37,7 @@ def rematerialize(units: Iterable[nn.Module], mode: str) -> None:
 
     Gradients are the same to the bit; a backward takes as long as another forward more, with
     "keep_attention" one without attention.  Parameters keep their names, a copy of a unit its mode; apply it
-    before compile() and fully_shard().  Raises UserError for another mode.
+    before compile_units() and fully_shard().  Raises UserError for another mode.
     """
     if mode not in MODES:
         raise UserError(f"remat={mode}: choose {', '.join(MODES)}")

@@ -28,6 +28,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _Attention.apply(q, k, v, *tangents)[0]
 
 
+@torch.library.custom_op("turbodiffusion::attention_tangent", mutates_args=())
+def attention_tangent(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and do by a kernel; an operator of PyTorch's, so that it appears in a traced tangent pass."""
+    return _implementation(q).attention(q, k, v, dq, dk, dv)
+
+
+@attention_tangent.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, L, D), empty = q.shape, q.new_empty
+    # tokens first in memory, as the kernels write
+    o, do = (empty(B, L, N, D).transpose(1, 2) for _ in range(2))
+    return o, empty(B, N, L, dtype=torch.float32), do
+
+
 class _Attention(torch.autograd.Function):
     """The tangents are plain inputs, so that one kernel sees them beside the primals."""
 
@@ -35,7 +53,10 @@ class _Attention(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        o, lse, do = _implementation(q).attention(q, k, v, dq, dk, dv)
+        tangents = dq, dk, dv
+        if _implementation(q) is not reference and any(x is not None for x in tangents):
+            return tuple(attention_tangent(q, k, v, *tangents))
+        o, lse, do = _implementation(q).attention(q, k, v, *tangents)
         return o.to(q.dtype), lse, None if do is None else do.to(q.dtype)
 
     @staticmethod

@@ -1,12 +1,14 @@
 """Activation checkpointing changes what is kept, and nothing else."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from distill.compiled import compile_units
 from distill.jvp import jvp
 from distill.remat import MODES, rematerialize
 from turbodiffusion.attention import DENSE, Attention
@@ -105,8 +107,7 @@ def test_names_stay_and_none_takes_it_back() -> None:
 @pytest.mark.parametrize("mode", RECOMPUTING)
 def test_it_composes_with_compile(mode: str, attention: Attention) -> None:
     model = build(mode, attention)
-    for unit in model.shard_units():
-        unit.compile(backend="aot_eager")
+    compile_units(model.shard_units(), partial(torch.compile, backend="aot_eager"))
     for got, wanted in zip(gradients(model), gradients(build("none", attention)), strict=True):
         # the compiler decomposes a few operations: fp32 rounding, of sums over 72 tokens
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels import flash_jvp_triton, reference
 from kernels.flash_jvp import attention
@@ -136,3 +137,15 @@ def test_refuses_what_the_kernels_cannot_do(
     q, k = (torch.zeros(shape, dtype=dtype, device=DEVICE) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k)
+
+
+def test_traced_pass_computes_anew_for_other_inputs() -> None:
+    def derive(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            duals = (forward_ad.make_dual(x, t) for x, t in zip(tensors[:3], tensors[3:], strict=True))
+            return tuple(forward_ad.unpack_dual(attention(*duals)))
+
+    graph = make_fx(derive)(*draw(SMALL[1], FP32))
+    other = draw(SMALL[1], FP32)
+    for ours, theirs in zip(graph(*other), derive(*other), strict=True):
+        assert torch.equal(ours, theirs)
