@@ -198,7 +198,7 @@ class WanModel(nn.Module):
         attention = chosen(self.config["attention"], asked, drop_linear=drop_linear)
         head_dim = self.config["dim"] // self.config["heads"]
         for block in self.blocks:
-            old, like = block.self_attn.core, block.self_attn.q.weight
+            old, like = block.self_attn.core, self.patch_embedding.weight
             core = make_core(attention, head_dim).to(like.device, like.dtype)
             if type(core) is type(old):
                 core.load_state_dict(old.state_dict())
