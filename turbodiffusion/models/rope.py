@@ -6,7 +6,7 @@ from torch import Tensor
 THETA = 10000.0
 
 
-# a compiler would compute the fp64 sines again in every kernel that rotates: a fifth of a small network's time
+# else the compiler computes these fp64 sines again in every kernel that rotates: a fifth of a small network
 @torch.compiler.disable
 def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine (L, 1, head_dim / 2), fp32, of every token's rotation angles; L = T * H * W, row-major.
