@@ -7,6 +7,8 @@ from torch import Tensor
 from distill.compiled import compile_units
 from distill.jvp import jvp
 from distill.remat import rematerialize
+from tests.distill.networks import build_network
+from turbodiffusion.attention import Attention
 from turbodiffusion.models.wan import WanModel
 
 SLA = {"name": "sla", "ratio": 0.5, "block_q": 8, "block_k": 4}
@@ -14,17 +16,9 @@ SLA = {"name": "sla", "ratio": 0.5, "block_q": 8, "block_k": 4}
 COMPILER = partial(torch.compile, backend="aot_eager")
 
 
-def build(attention: dict[str, object] | None = None) -> WanModel:
+def build(attention: Attention | None = None) -> WanModel:
     torch.manual_seed(0)
-    model = WanModel(
-        dim=64, ffn_dim=80, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=12, text_length=6,
-        freq_dim=16, attention=attention,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # away from the neutral initial values, of which the zero head would hide every tangent
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return build_network(attention=attention)
 
 
 def inputs(frames: int = 3) -> tuple[Tensor, ...]:

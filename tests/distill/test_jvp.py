@@ -10,21 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.jvp import jvp
 from kernels.reference import block_map
-from turbodiffusion.models.wan import WanModel
+from tests.distill.networks import build_network
 
 DIRECTIONS = {"x": (True, False), "time": (False, True), "x_and_time": (True, True)}
-
-
-def build_network(*, clip_tokens: int = 0) -> WanModel:
-    model = WanModel(
-        dim=64, ffn_dim=80, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=12, text_length=6,
-        freq_dim=16, clip_tokens=clip_tokens,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # away from the neutral initial values, of which the zero head would hide every tangent
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def draw_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
