@@ -1,8 +1,9 @@
-"""Time of one dense forward of a model at real size, random weights (time does not depend on them).
+"""Time of one forward of a model at real size, random weights (time does not depend on them).
 
-    python -m tools.bench.forward variant=wan2.1_t2v_1.3b size=832x480
+    python -m tools.bench.forward variant=wan2.1_t2v_1.3b size=832x480,1280x720 attention=dense,sla,sla_int8
 
-A correctness gate comes first: on a small clip the timed dtype must agree with fp32 on the same weights.
+Kinds of attention take turns on the same weights; the first is the yardstick.  A correctness gate comes
+first: on a small clip, all blocks kept, each must agree in bf16 with itself in fp32 on the same weights.
 Included: everything WanModel.forward does.  Excluded: text encoder, VAE, sampler, weight loading.
 """
 
@@ -28,6 +29,10 @@ class Options:
     variant: str = "wan2.1_t2v_1.3b"
     size: str = "832x480"
     frames: int = 81
+    attention: str = "dense"
+    ratio: float = 0.1
+    block_q: int = 128
+    block_k: int = 64
     repeats: int = 10
     device: str = "cuda"
     compile: bool = False
@@ -70,62 +75,83 @@ def network_inputs(
     }
 
 
+def attend(network: WanModel, name: str, options: Options, ratio: float) -> None:
+    """Give the network another kind of attention; its linear branch is zero, which takes as long."""
+    sizes = {"ratio": ratio, "block_q": options.block_q, "block_k": options.block_k}
+    network.set_attention({"name": name} | ({} if name == "dense" else sizes), drop_linear=True)
+
+
 @torch.no_grad()
-def gate(network: WanModel, row: Variant, device: torch.device) -> float:
-    """Relative error of the network as it is against fp32 arithmetic on the same weights, one block of it."""
-    blocks = network.blocks
+def gate(network: WanModel, row: Variant, names: list[str], options: Options) -> dict[str, float]:
+    """Relative errors of two blocks with every kind of attention, all keys kept, against fp32 and dense."""
+    blocks, got = network.blocks, {}
     network.blocks = blocks[:2]
-    inputs = network_inputs(row, (3, 12, 16), device)
-    got = network(**inputs).double()
+    inputs = network_inputs(row, (3, 12, 16), torch.device(options.device))
+    for name in names:
+        attend(network, name, options, ratio=1.0)
+        got[name] = network(**inputs).double()
+    attend(network, "dense", options, ratio=1.0)
     kept = {name: p.dtype for name, p in network.named_parameters()}
-    network.float()
-    wanted = network(**inputs).double()
+    wanted = network.float()(**inputs).double()
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(kept[name])
     network.blocks = blocks
-    return ((got - wanted).norm() / wanted.norm()).item()
+    errors = {name: ((x - wanted).norm() / wanted.norm()).item() for name, x in got.items()}
+    for name, error in errors.items():
+        # bf16 rounds at 0.4 %, a few dozen times in two blocks; 8 bits at a few per cent, in attention alone
+        if not error < 3e-2:
+            raise SystemExit(f"in bf16 {name} differs from dense fp32 by {error:.3f}: not timed")
+    return errors
 
 
 @torch.no_grad()
-def time_forward(network: WanModel, inputs: dict[str, Tensor | None], repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` forwards after two of warm-up, by CUDA events."""
-    times = []
-    for i in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        network(**inputs)
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(end))
+def time_forwards(
+    network: WanModel, inputs: dict[str, Tensor | None], names: list[str], options: Options
+) -> dict[str, list[float]]:
+    """Milliseconds of each of `repeats` forwards after two of warm-up, by kind of attention, in turns."""
+    times = {name: [] for name in names}
+    for i in range(options.repeats + 2):
+        for name in names:
+            attend(network, name, options, options.ratio)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            network(**inputs)
+            end.record()
+            end.synchronize()
+            if i >= 2:
+                times[name].append(start.elapsed_time(end))
     return times
 
 
 def main() -> None:
     """Gate, time, print."""
     options = parse(Options, sys.argv[1:])
-    device = torch.device(options.device)
+    device, console = torch.device(options.device), Console(width=150)
     if device.type != "cuda":
         raise UserError(f"device={options.device} has no CUDA events to time with; use a CUDA device")
-    row = variant(options.variant)
+    row, names = variant(options.variant), options.attention.split(",")
     network = random_network(row, device, torch.bfloat16)
-    error = gate(network, row, device)
-    if not error < 3e-2:  # bf16 rounds at 0.4 %, a few dozen times in two blocks
-        raise SystemExit(f"the bf16 forward differs from fp32 by {error:.3f}: not timed")
+    errors = gate(network, row, names, options)
+    console.print(
+        f"{row.name}, {options.frames} frames, bf16, compile={options.compile}, "
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; gate errors {errors}"
+    )
     if options.compile:
         for block in network.shard_units():
             block.compile()
     factor = 16 if row.vae == "wan2.2" else 8
-    width, height = (int(side) // factor for side in options.size.split("x"))
-    inputs = network_inputs(row, ((options.frames - 1) // 4 + 1, height, width), device)
-    times = time_forward(network, inputs, options.repeats)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    Console().print(
-        f"{row.name} {options.size} {options.frames} frames, bf16, dense, compile={options.compile}: "
-        f"median {statistics.median(times):.1f} ms of {len(times)}, {min(times):.1f} to {max(times):.1f}, "
-        f"peak {peak:.1f} GiB, gate error {error:.4f}, "
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    )
+    for size in options.size.split(","):
+        width, height = (int(side) // factor for side in size.split("x"))
+        inputs = network_inputs(row, ((options.frames - 1) // 4 + 1, height, width), device)
+        times = time_forwards(network, inputs, names, options)
+        yardstick = statistics.median(times[names[0]])
+        for name, spent in times.items():
+            median = statistics.median(spent)
+            console.print(
+                f"  {size} {name}: median {median:.1f} ms of {len(spent)}, {min(spent):.1f} to "
+                f"{max(spent):.1f}; {yardstick / median:.2f} x {names[0]}"
+            )
+    console.print(f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
