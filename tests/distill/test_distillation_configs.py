@@ -122,13 +122,15 @@ def test_defaults_of_tuning_are_the_published_ones(experiment: str):
     assert got | {"objective": method(tree)} == TUNED[experiment]
 
 
-@pytest.mark.parametrize(("dense", "blocks"), [("rcm_tiny", (32, 16)), ("rcm_wan1_3b", (64, 64))])
-def test_a_sparse_student_is_distilled_as_a_dense_one(dense: str, blocks: tuple[int, int]):
+@pytest.mark.parametrize(
+    ("dense", "sizes"), [("rcm_tiny", (0.12, 32, 32)), ("rcm_wan1_3b", (0.1, 64, 64))]
+)
+def test_a_sparse_student_is_distilled_as_a_dense_one(dense: str, sizes: tuple[float, int, int]):
     sparse = dense.replace("rcm", "rcm_sla")
     ours, theirs = composed(sparse), composed(dense)
     attention = ours.pop("attention")
     assert ours["recipe"].pop("attention") == attention
-    assert (attention["ratio"], attention["block_q"], attention["block_k"]) == (0.1, *blocks)
+    assert (attention["ratio"], attention["block_q"], attention["block_k"]) == sizes
     assert ours["recipe"]["outcome"].pop("file") == ours.pop("name") == sparse
     del theirs["name"], theirs["recipe"]["outcome"]["file"]
     assert ours == theirs
