@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.tiles import (
+    HAS_GLUON,
     LN2,
     LOG2E,
     allow_descriptors,
@@ -63,14 +64,22 @@ PORTABLE = {
 FP32 = Form(32, 32, 8, 1)
 
 
-def forms_for(kind: str, dtype: torch.dtype, capability: int, block_q: int, block_k: int) -> list[Form]:
-    """Forms of a kind of kernel, a key of PORTABLE, for a GPU of a capability, 90 for 9.0; best first."""
+def forms_for(kind: str, dtype: torch.dtype, capability: int, block_q: int, block_k: int) -> list[NamedTuple]:
+    """Forms of a kind of kernel, a key of PORTABLE, for a GPU of a capability, 90 for 9.0; best first.
+
+    Those that are no Form are of the kernel in kernels/block_sparse_hopper.py.
+    """
     if dtype == torch.float32:
         return [FP32]
     forms = HOPPER[kind] if capability == 90 else ()
     # the last is cut down to any block
     fitting = [form for form in forms[:-1] if form.rows <= block_q and form.keys <= block_k]
-    return [*fitting, *forms[-1:], PORTABLE[kind]]
+    own = ()
+    if kind == "forward" and capability == 90 and HAS_GLUON:
+        from kernels import block_sparse_hopper
+
+        own = block_sparse_hopper.FORMS.get(block_q, ())
+    return [*own, *fitting, *forms[-1:], PORTABLE[kind]]
 
 
 def options(
@@ -272,11 +281,17 @@ class Blocks(NamedTuple):
     k: int
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, form: Form) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, form: NamedTuple) -> tuple[Tensor, Tensor]:
     """o (B, N, L, D) in q's dtype, tokens first in memory, and lse (B, N, L), fp32."""
     q, k, v = (tokens_first(x) for x in (q, k, v))
     o, lse = torch.empty_like(q), _row_numbers(q)
-    _launch(forward_kernel, form, blocks, (q, k, v, o, lse), _listed(blocks))
+    if isinstance(form, Form):
+        _launch(forward_kernel, form, blocks, (q, k, v, o, lse), _listed(blocks))
+    else:
+        from kernels import block_sparse_hopper
+
+        with torch.cuda.device_of(q):
+            block_sparse_hopper.launch((q, k, v, o), lse, blocks.index.contiguous(), *blocks[1:], form)
     return o.transpose(1, 2), lse
 
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# the first Triton with Gluon as the kernels for Hopper are written in
+HAS_GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -21,6 +21,7 @@ def compile_kernel(
     """The kernel as a launch with such arguments compiles it for a GPU of that capability, 90 for 9.0.
 
     types: arguments to Triton's names of their types, "*bf16" or "fp32"; those of no stated type are "i32".
+    A kernel in Gluon takes descriptors too, "tensordesc<...>" with a layout.
     options: the rest of a launch's keywords: compile-time arguments, None for absent pointers, num_warps ...
     multiples: numbers that are multiples of 16, which a launch sees.
     """
@@ -36,5 +37,10 @@ def compile_kernel(
         for x, kind in signature.items()
         if kind.startswith("*") or x in multiples
     }
-    source = ASTSource(kernel, signature, {(place(x),): value for x, value in constants.items()}, aligned)
+    language = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        language = GluonASTSource
+    source = language(kernel, signature, {(place(x),): value for x, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)

@@ -1,5 +1,7 @@
 """The kernels of block-sparse attention compile for every supported GPU, with no GPU, and fit it."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from triton.compiler import CompiledKernel
 
 from kernels import block_sparse_int8_triton as int8
 from kernels import block_sparse_triton as sparse
+from kernels.tiles import HAS_GLUON
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = {
     "forward": sparse.forward_kernel,
     "tangent": sparse.tangent_kernel,
@@ -37,6 +40,23 @@ def compile_sparse(
     return compile_kernel(kernel, types, sparse.options(form, 128, dtype, *blocks), capability)
 
 
+def portable_forms(kind: str, capability: int, block_q: int, block_k: int) -> list[sparse.Form]:
+    forms = sparse.forms_for(kind, BF16, capability, block_q, block_k)
+    return [form for form in forms if isinstance(form, sparse.Form)]
+
+
+def compile_gluon(
+    form: NamedTuple, block_q: int, block_k: int, width: int = 128, dtype: torch.dtype = BF16
+) -> CompiledKernel:
+    from kernels import block_sparse_hopper as hopper
+
+    element = {BF16: "bf16", FP16: "fp16"}[dtype]
+    tiles = hopper.shapes(width, block_k, dtype)
+    q, k = (f"tensordesc<{element}{shape},{layout!r}>".replace(" ", "") for shape, layout in tiles.values())
+    types = TYPES | {"q_desc": q, "k_desc": k, "v_desc": k, "o_desc": q}
+    return compile_kernel(hopper.forward_kernel, types, hopper.options(form, block_q), 90)
+
+
 def compile_int8(eight: int8.Eight, capability: int, blocks: tuple[int, int]) -> CompiledKernel:
     options = sparse.options(eight.form, 128, BF16, *blocks) | ({} if eight.fp8 else {"v_step_ptr": None})
     del options["DOT"]
@@ -53,17 +73,47 @@ def fits(kernel: CompiledKernel, form: sparse.Form, capability: int) -> bool:
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_forms_fit_their_gpu(kind: str, capability: int, blocks: tuple[int, int]) -> None:
-    for form in sparse.forms_for(kind, BF16, capability, *blocks):
+    for form in portable_forms(kind, capability, *blocks):
         assert fits(compile_sparse(kind, form, capability, blocks), form, capability)
 
 
 def test_four_programs_share_a_hopper_multiprocessor() -> None:
-    form = sparse.forms_for("forward", BF16, 90, 64, 64)[0]
+    form = portable_forms("forward", 90, 64, 64)[0]
     kernel = compile_sparse("forward", form, 90, (64, 64))
     # 65,536 registers; with more than 128 a thread, or more shared memory, fewer programs would fit
     assert kernel.metadata.maxnreg * 32 * form.warps * 4 <= 65536
     assert (kernel.metadata.shared + 1024) * 4 <= 228 << 10
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "width", "dtype"),
+    [(128, 64, 128, BF16), (128, 128, 64, FP16), (128, 32, 32, BF16), (64, 64, 128, BF16)],
+)
+def test_hopper_kernel_keeps_products_in_flight(
+    block_q: int, block_k: int, width: int, dtype: torch.dtype
+) -> None:
+    from kernels.block_sparse_hopper import FORMS
+
+    groups = block_q // 64
+    for form in FORMS[block_q]:
+        kernel = compile_gluon(form, block_q, block_k, width, dtype)
+        # a multiprocessor has 228 KiB, of which a program takes 1 for itself
+        assert (kernel.metadata.shared + 1024) * form.programs <= 228 << 10
+        assert kernel.metadata.num_warps == 4 * (groups + 1)
+        assert kernel.metadata.maxnreg * 32 * kernel.metadata.num_warps * form.programs <= 65536
+        sass = kernel.asm["sass"]
+        # nothing is spilt to local memory
+        assert "STL" not in sass
+        # ptxas waits after every product where it cannot follow the waits that were asked for
+        waits = kernel.asm["ptx"].count("wgmma.wait_group")
+        assert sass.count("WARPGROUP.DEPBAR") == waits == 4 * groups
+        # and may wait too early: a row's keys of a step, of which four threads share two, must lie between
+        loops = sass.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1:]
+        assert len(loops) == groups
+        for loop in loops:
+            assert loop.split("WARPGROUP.DEPBAR")[0].count("MUFU.EX2") >= form.keys / 2
 
 
 @pytest.mark.parametrize("kind", KERNELS)

@@ -93,7 +93,18 @@ class Bench:
             "sparse, bf16": Run(partial(sparse_attention, *self.primals, **listed), 4),
             "sparse, 8 bits": Run(partial(sparse_attention_int8, *self.primals, **listed), 4),
             "linear branch": Run(partial(self.linear, *self.primals), tensors=5),
+            **self.forms(),
         }
+
+    def forms(self) -> dict[str, Run]:
+        """Sparse attention in each of its forms here, which tests/kernels hold to fp64."""
+        from kernels import block_sparse_triton as kernels
+
+        major, minor = torch.cuda.get_device_capability()
+        sizes = tuple(self.blocks.values())
+        attend = partial(kernels.attention, *self.primals, kernels.Blocks(self.index, *sizes))
+        forms = kernels.forms_for("forward", self.q.dtype, 10 * major + minor, *sizes)
+        return {f"  {form}": Run(partial(attend, form), 4) for form in forms}
 
     def derivatives(self) -> dict[str, Run]:
         """Runs with gradients or a tangent."""

@@ -1,0 +1,324 @@
+"""The forward of block-sparse attention for Hopper GPUs, in Gluon: the portable one, its overlap spelt out.
+
+A program walks over tiles: a block of query rows of a head each.  One warp loads, by TMA; a warp group for
+every 64 rows multiplies.  The blocks of a list are gathered into steps of KEYS keys, the last blocks first,
+so that only the first step has keys to mask: those past the end of the sequence and, where the list ends
+within the step, its last block once more.  In a turn of the loop
+
+    S = Q K'    and the step before's    O += P V
+
+start together, and P = exp(S) and its row sums run under the second product and the other warp group's.
+ptxas keeps products in flight only if none is left pending from one turn of the loop to the next.
+
+Barriers.  `count` numbers the steps of a program through all its tiles.  The keys of step c have buffer
+c % STAGES of theirs, and so have the values.  A buffer's `ready` completes phase c // STAGES when TMA has
+written it, its `free` when every warp group has read it; who waits on a new barrier for parity 1, that of
+the phase before the first, passes.  Queries have one buffer, whose phases count tiles.  The loader fills in
+the order of reading, K0, Q, K1, V0, K2, V1, ..., V of the last step, and waits only for reads of what it has
+filled, which wait for nothing that comes later.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+# rows that one warp group multiplies at once
+ROWS = 64
+# bytes of a row of what TMA writes in one piece, as products read it
+PIECE = 128
+# of a thread, after warps have traded them; the first warp group takes what is left, no less than the second
+GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
+# the first names are those since Triton 3.9
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+class Form(NamedTuple):
+    """Keys of a step, buffers for steps, programs a multiprocessor, and how warp groups work.
+
+    in_turns: they start their products one after the other.  held: queries stay in registers.
+    """
+
+    keys: int
+    stages: int
+    programs: int
+    in_turns: bool = False
+    held: bool = False
+
+
+# in 16 bits, by the rows of a block of queries, made for D = 128; best first
+FORMS = {128: (Form(128, 2, 1),), 64: (Form(64, 2, 2),)}
+
+
+@gluon.jit
+def _fetch(desc, ring, place, listed, step, count, KEYS: gl.constexpr):
+    """The blocks of a step, cut into pieces of columns, in the order of _matrices."""
+    tiles, ready, free = ring
+    batch, column = place
+    list_ptr, kept = listed
+    STAGES: gl.constexpr = ready.shape[0]
+    BLOCKS: gl.constexpr = KEYS // tiles.shape[2]
+    PIECES: gl.constexpr = tiles.shape[0] // (STAGES * BLOCKS)
+    stage = count % STAGES
+    mbarrier.wait(free.index(stage), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(ready.index(stage), BLOCKS * PIECES * desc.block_type.nbytes)
+    first = (gl.cdiv(kept, BLOCKS) - 1 - step) * BLOCKS
+    for block in gl.static_range(BLOCKS):
+        key = gl.load(list_ptr + gl.minimum(first + block, kept - 1)) * tiles.shape[2]
+        for piece in gl.static_range(PIECES):
+            tile = tiles.index((stage * PIECES + piece) * BLOCKS + block)
+            _load(desc, [batch, key, column + piece * tiles.shape[3]], ready.index(stage), tile)
+
+
+@gluon.jit
+def _fill(descs, queries, keys, values, work, KEYS: gl.constexpr):
+    """The loading warp: the queries of every tile, and keys and values as their buffers fall free."""
+    q_desc, k_desc, v_desc = descs
+    q_tiles, q_ready, q_free = queries
+    list_ptr, start, end, stride, kept, _, L, _, N = work
+    GROUPS: gl.constexpr = q_tiles.shape[0]
+    ROWS: gl.constexpr = q_tiles.shape[2]
+    steps = gl.cdiv(kept, KEYS // k_desc.block_type.shape[1])
+    blocks = gl.cdiv(L, GROUPS * ROWS)
+    parity = 0
+    count = 0
+    for tile in range(start, end, stride):
+        head = tile // blocks
+        first = tile % blocks * (GROUPS * ROWS)
+        place = (head // N, head % N * q_tiles.shape[3])
+        listed = (list_ptr + tile.to(gl.int64) * kept, kept)
+        _fetch(k_desc, keys, place, listed, 0, count, KEYS)
+        mbarrier.wait(q_free, parity ^ 1)
+        mbarrier.expect(q_ready, GROUPS * q_desc.block_type.nbytes)
+        for group in gl.static_range(GROUPS):
+            _load(q_desc, [place[0], first + group * ROWS, place[1]], q_ready, q_tiles.index(group))
+        for step in range(1, steps):
+            _fetch(k_desc, keys, place, listed, step, count + step, KEYS)
+            _fetch(v_desc, values, place, listed, step - 1, count + step - 1, KEYS)
+        count += steps
+        _fetch(v_desc, values, place, listed, steps - 1, count - 1, KEYS)
+        parity ^= 1
+
+
+@gluon.jit
+def _matrices(tiles, STAGES: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
+    """The buffers of a ring as matrices: pieces of columns of all keys lie one after the other."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], tiles.dtype)
+    return tiles._reinterpret(tiles.dtype, [STAGES, KEYS, D], layout)
+
+
+@gluon.jit
+def _attend(
+    group, outputs, queries, keys, values, turns, work,
+    KEYS: gl.constexpr, IN_TURNS: gl.constexpr, HELD: gl.constexpr,
+):  # fmt: skip
+    """A warp group: its rows of every tile against the keys listed for them."""
+    o_desc, o_tiles, lse_ptr = outputs
+    q_tiles, q_ready, q_free = queries
+    k_tiles, k_ready, k_free = keys
+    v_tiles, v_ready, v_free = values
+    list_ptr, start, end, stride, kept, scale, L, S, N = work
+    GROUPS: gl.constexpr = q_tiles.shape[0]
+    ROWS: gl.constexpr = q_tiles.shape[2]
+    D: gl.constexpr = q_tiles.shape[3]
+    BLOCK_K: gl.constexpr = k_tiles.shape[2]
+    BLOCKS: gl.constexpr = KEYS // BLOCK_K
+    STAGES: gl.constexpr = k_ready.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+
+    steps = gl.cdiv(kept, BLOCKS)
+    blocks = gl.cdiv(L, GROUPS * ROWS)
+    k_matrices = _matrices(k_tiles, STAGES, KEYS, D)
+    v_matrices = _matrices(v_tiles, STAGES, KEYS, D)
+    o_tile = o_tiles.index(group)
+    zero = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    parity = 0
+    count = 0
+    for tile in range(start, end, stride):
+        last = gl.load(list_ptr + tile.to(gl.int64) * kept + kept - 1)
+        present = (kept - 1) % BLOCKS * BLOCK_K + gl.minimum(S - last * BLOCK_K, BLOCK_K)
+        mbarrier.wait(q_ready, parity)
+        q = q_tiles.index(group).reshape([ROWS, D])
+        if HELD:
+            q = q.load(gl.DotOperandLayout(0, SCORES, 2))
+            mbarrier.arrive(q_free)
+        stage = count % STAGES
+        mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
+        if IN_TURNS:
+            mbarrier.wait(turns.index(group), (count ^ group ^ 1) & 1)
+        s = warpgroup_mma(q, k_matrices.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
+        if IN_TURNS:
+            mbarrier.arrive(turns.index(1 - group))
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_free.index(stage))
+        key = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
+        s = gl.where((key < present)[None, :], s, -float("inf"))
+        # the list's last block has a key at least, so m is finite
+        m = gl.max(s, 1) * (scale * LOG2E)
+        p = gl.exp2(s * (scale * LOG2E) - m[:, None])
+        l = gl.sum(p, 1)
+        o = gl.zeros([ROWS, D], gl.float32, OUT)
+        left = gl.convert_layout(p.to(k_tiles.dtype), LEFT)
+        for _ in range(1, steps):
+            before = count % STAGES
+            phase = count // STAGES & 1
+            count += 1
+            stage = count % STAGES
+            mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
+            mbarrier.wait(v_ready.index(before), phase)
+            if IN_TURNS:
+                mbarrier.wait(turns.index(group), (count ^ group ^ 1) & 1)
+            s = warpgroup_mma(q, k_matrices.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
+            o = warpgroup_mma(left, v_matrices.index(before), o, is_async=True)
+            if IN_TURNS:
+                mbarrier.arrive(turns.index(1 - group))
+            s = warpgroup_mma_wait(1, [s])
+            mbarrier.arrive(k_free.index(stage))
+            m_new = gl.maximum(m, gl.max(s, 1) * (scale * LOG2E))
+            p = gl.exp2(s * (scale * LOG2E) - m_new[:, None])
+            shrink = gl.exp2(m - m_new)
+            m = m_new
+            l = l * shrink + gl.sum(p, 1)
+            # passes at once, as the buffer is not free yet: ptxas moves no wait for products across it, and
+            # would else wait before the arithmetic above
+            mbarrier.wait(v_ready.index(before), phase)
+            o = warpgroup_mma_wait(0, [o])
+            mbarrier.arrive(v_free.index(before))
+            o = o * gl.convert_layout(shrink, OUT_ROW)[:, None]
+            left = gl.convert_layout(p.to(k_tiles.dtype), LEFT)
+        if not HELD:
+            mbarrier.arrive(q_free)
+        stage = count % STAGES
+        mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
+        o = warpgroup_mma(left, v_matrices.index(stage), o, is_async=True)
+        o = warpgroup_mma_wait(0, [o])
+        mbarrier.arrive(v_free.index(stage))
+        count += 1
+        parity ^= 1
+
+        head = tile // blocks
+        first = tile % blocks * (GROUPS * ROWS) + group * ROWS
+        row = first + gl.arange(0, ROWS, ROW)
+        gl.store(lse_ptr + head.to(gl.int64) * L + row, (m + gl.log2(l)) * LN2, row < L)
+        o = o / gl.convert_layout(l, OUT_ROW)[:, None]
+        # o of the tile before has left the buffer
+        tma.store_wait(0)
+        o_tile.reshape([ROWS, D]).store(o.to(k_tiles.dtype))
+        fence_async_shared()
+        _store(o_desc, [head // N, first, head % N * D], o_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def _tiles(desc, count: gl.constexpr):
+    return gl.allocate_shared_memory(desc.dtype, [count] + desc.block_type.shape, desc.layout)  # noqa: RUF005
+
+
+@gluon.jit(do_not_specialize=("kept", "L", "S", "N", "count"))
+def forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, list_ptr, kept, scale, L, S, N, count,
+    GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    IN_TURNS: gl.constexpr, HELD: gl.constexpr,
+):  # fmt: skip
+    """o and the log-sum-exp of `count` tiles; descriptors of (B, L or S, N D) in tiles of `shapes`."""
+    PIECES: gl.constexpr = q_desc.block_type.shape[2] // k_desc.block_type.shape[2]
+    RING: gl.constexpr = STAGES * PIECES * KEYS // k_desc.block_type.shape[1]
+    queries = (_tiles(q_desc, GROUPS), _barriers(1, 1).index(0), _barriers(1, GROUPS).index(0))
+    keys = (_tiles(k_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
+    values = (_tiles(v_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
+    turns = _barriers(2, 1)
+    outputs = (o_desc, _tiles(o_desc, GROUPS), lse_ptr)
+    descs = (q_desc, k_desc, v_desc)
+    work = (list_ptr, gl.program_id(0), count, gl.num_programs(0), kept, scale, L, S, N)
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_attend, (0, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
+                (_fill, (descs, queries, keys, values, work, KEYS)),
+            ],
+            [1],
+            [LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (0, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
+                (_attend, (1, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
+                (_fill, (descs, queries, keys, values, work, KEYS)),
+            ],
+            [4, 1],
+            [GROUP_REGISTERS, LOADER_REGISTERS],
+        )
+
+
+def options(form: Form, block_q: int) -> dict[str, int | bool]:
+    """The compile-time arguments and launch options."""
+    groups = block_q // ROWS
+    # the loader's warp comes with the registers of four
+    threads = 128 * (groups + 1)
+    return {
+        "GROUPS": groups,
+        "KEYS": form.keys,
+        "STAGES": form.stages,
+        "IN_TURNS": form.in_turns,
+        "HELD": form.held,
+        "num_warps": 4,
+        "maxnreg": 65536 // (form.programs * threads) // 8 * 8,
+    }
+
+
+def shapes(
+    head_dim: int, block_k: int, dtype: torch.dtype
+) -> dict[str, tuple[list[int], gl.NVMMASharedLayout]]:
+    """Tiles that TMA moves, of queries and outputs (q), keys and values (k), and how they lie."""
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    tiles = {"q": [1, ROWS, head_dim], "k": [1, block_k, min(head_dim, PIECE // dtype.itemsize)]}
+    return {x: (shape, gl.NVMMASharedLayout.get_default_for(shape, element)) for x, shape in tiles.items()}
+
+
+def launch(
+    tensors: tuple[Tensor, ...], lse: Tensor, index: Tensor, block_q: int, block_k: int, form: Form
+) -> None:
+    """Fill o (B, L, N, D), the last of packed q, k, v, o (B, L or S, N, D), and lse (B, N, L), fp32.
+
+    index: packed, int32, (B, N, query blocks, kept).  A block of queries has ROWS rows, or twice as many.
+    """
+    (B, L, N, D), S = tensors[0].shape, tensors[1].shape[1]
+    tiles = shapes(D, block_k, tensors[0].dtype)
+    # strides are written out, as that of a dimension of one element may be anything
+    descs = [
+        TensorDescriptor(x, [B, x.shape[1], N * D], [x.shape[1] * N * D, N * D, 1], *tiles[kind])
+        for x, kind in zip(tensors, "qkkq", strict=True)
+    ]
+    count = B * N * index.shape[2]
+    processors = torch.cuda.get_device_properties(lse.device).multi_processor_count
+    sizes = (index.shape[3], 1 / math.sqrt(D), L, S, N, count)
+    forward_kernel[(min(count, form.programs * processors),)](
+        *descs, lse, index, *sizes, **options(form, block_q)
+    )
