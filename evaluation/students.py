@@ -19,6 +19,7 @@ seconds     of denoising for one clip, at this batch; the median
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
+from math import prod
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -32,12 +33,13 @@ from torch import Tensor
 from evaluation.distribution import COARSE, FINE, features, frechet_distance, spread
 from evaluation.oracle import Oracle, Reading, accuracy
 from evaluation.small_world import Setting, load_models, wanted
+from turbodiffusion.attention import sparsity
 from turbodiffusion.checkpoints import LoadedNetwork, load_network
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.wan import WanModel
+from turbodiffusion.models.wan import PATCH, WanModel
 from turbodiffusion.pipelines.generate import Clip, Encoded, Pipeline, Watch
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.small_world.captions import held_out_prompts
@@ -75,7 +77,7 @@ class Scores:
 
 
 # heading, factor and decimals of each score
-_COLUMNS = {
+COLUMNS = {
     "subject": ("subject %", 100, 1),
     "motion": ("motion %", 100, 1),
     "background": ("background %", 100, 1),
@@ -89,19 +91,20 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a score sheet for each training seed."""
+    """A line of the table: a score sheet for each training seed; sparsity: share of key blocks left out."""
 
     model: str
     steps: int
+    sparsity: float
     files: list[str]
     runs: list[Scores]
 
     def line(self) -> str:
         """In Markdown; mean and standard deviation where there are several."""
-        cells = [self.model, str(self.steps)]
+        cells = [self.model, str(self.steps), f"{100 * self.sparsity:.0f}"]
         for score in fields(Scores):
             values = [getattr(run, score.name) for run in self.runs]
-            _, factor, decimals = _COLUMNS[score.name]
+            _, factor, decimals = COLUMNS[score.name]
             if None in values:
                 cells.append("n/a")
                 continue
@@ -233,22 +236,27 @@ def measure(options: Options) -> Iterator[Row]:
     def scores(pipeline: Pipeline, questions: Questions = questions) -> Scores:
         return score(answer(pipeline, questions, oracle, options.batch), truth, questions)
 
-    yield Row("teacher", options.teacher_steps, [options.teacher], [score(truth, truth, questions)])
+    def left_out(network: WanModel) -> float:
+        return sparsity(network.config["attention"], truth.latents[0, 0].numel() // prod(PATCH))
+
+    files, share = [options.teacher], left_out(models.network)
+    yield Row("teacher", options.teacher_steps, share, files, [score(truth, truth, questions)])
     others = replace(questions, seeds=[seed + len(questions.seeds) for seed in questions.seeds])
-    yield Row("teacher, other noise", options.teacher_steps, [options.teacher], [scores(teacher, others)])
+    yield Row("teacher, other noise", options.teacher_steps, share, files, [scores(teacher, others)])
     for steps in options.steps:
         runs = [scores(pipeline(models.network, sampling, steps))]
-        yield Row("teacher", steps, [options.teacher], runs)
+        yield Row("teacher", steps, share, files, runs)
     for name, loaded in students.items():
+        files, share = [str(each.report.path) for each in loaded], left_out(loaded[0].network)
         for steps in options.steps:
             runs = [scores(pipeline(each.network, each.sampling, steps)) for each in loaded]
-            yield Row(name, steps, [str(each.report.path) for each in loaded], runs)
+            yield Row(name, steps, share, files, runs)
 
 
 def report(options: Options, console: Console) -> None:
     """Print and write the table, line by line."""
     folder, rows = Path(options.dst).expanduser(), []
-    headings = ["model", "steps", *(_COLUMNS[each.name][0] for each in fields(Scores))]
+    headings = ["model", "steps", "sparsity %", *(COLUMNS[each.name][0] for each in fields(Scores))]
     lines = [f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
     for row in measure(options):
         rows.append(asdict(row))

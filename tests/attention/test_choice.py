@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from turbodiffusion.attention import DENSE, Attention, SparseLinearAttention, chosen, fastest, trained
+from turbodiffusion.attention import (
+    DENSE,
+    Attention,
+    SparseLinearAttention,
+    chosen,
+    fastest,
+    sparsity,
+    trained,
+)
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 
@@ -118,3 +126,11 @@ def test_a_linear_branch_is_kept_in_the_networks_dtype() -> None:
     assert new is not cores[1]
     assert torch.equal(new.proj_l.bias, cores[1].proj_l.bias)
     assert new.config["ratio"] == model.config["attention"]["ratio"] == 0.5
+
+
+def test_sparsity_counts_the_blocks_that_are_left_out() -> None:
+    attention = {"name": "sla", "ratio": 0.12, "block_q": 32, "block_k": 32}
+    # 18 blocks, of which 2.16 are kept, rounded down; 577 tokens have another one
+    assert sparsity(attention, 576) == pytest.approx(16 / 18)
+    assert sparsity(attention, 577) == pytest.approx(17 / 19)
+    assert sparsity(DENSE, 576) == 0

@@ -118,8 +118,8 @@ def test_a_name_begins_a_group_that_the_files_after_it_join() -> None:
 
 def test_several_training_seeds_give_mean_and_deviation() -> None:
     runs = [Scores(0.5, 0.5, 0.5, 0.5, 1.0, diversity, 0.0, 0.0) for diversity in (0.8, 0.9, 1.0)]
-    line = Row("rcm", 4, ["a", "b", "c"], runs).line()
-    assert "| rcm | 4 | 50.0 ± 0.0 |" in line
+    line = Row("rcm", 4, 8 / 9, ["a", "b", "c"], runs).line()
+    assert "| rcm | 4 | 89 | 50.0 ± 0.0 |" in line
     assert "| 0.900 ± 0.100 |" in line
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kernels.block_sparse_int8 import is_sound
+from kernels.reference import kept_blocks
 from turbodiffusion.attention.dense import DenseAttention
 from turbodiffusion.attention.sparse_linear import SparseLinearAttention
 from turbodiffusion.errors import UserError
@@ -57,6 +58,14 @@ def fastest(attention: Attention, head_dim: int, device: torch.device, dtype: to
 def trained(attention: Attention) -> Attention:
     """What a checkpoint says: the attention that was trained, however it is computed now."""
     return attention if attention["name"] == "dense" else attention | {"name": "sla"}
+
+
+def sparsity(attention: Attention, tokens: int) -> float:
+    """The share of the key blocks of that many tokens that is left out."""
+    if attention["name"] == "dense":
+        return 0.0
+    blocks = -(-tokens // attention["block_k"])
+    return 1 - kept_blocks(attention["ratio"], blocks) / blocks
 
 
 def spoken(attention: Attention) -> str:

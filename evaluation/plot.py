@@ -1,0 +1,89 @@
+"""Draw what evaluation/students.py measured, tables together: a score over sparsity or over steps.
+
+    python -m evaluation.plot tables=[A/students.json,B/students.json] dst=FILE.png [x=sparsity|steps] [score=NAME]
+
+Rows of one model are a line, with standard deviations of its training seeds; each table's first row, its
+teacher, is a dashed level.  Needs matplotlib, of the extra `eval`.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from omegaconf import MISSING, OmegaConf
+
+from evaluation.students import COLUMNS
+from turbodiffusion.checkpoints.files import appearing
+from turbodiffusion.cli import one_sentence
+from turbodiffusion.errors import UserError
+
+AXES = {"sparsity": ("share of key blocks left out, %", 100), "steps": ("steps", 1)}
+Point = tuple[float, float, float]  # x, mean and deviation of the score
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    tables: list[str] = MISSING
+    dst: str = MISSING
+    x: str = "sparsity"
+    score: str = "all_three"
+
+
+def read(table: str) -> list[dict]:
+    """The rows of a table; UserError where it is none."""
+    try:
+        return json.loads(Path(table).expanduser().read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{table} is no students.json of evaluation.students: {error}") from error
+
+
+def points(rows: list[dict], options: Options) -> dict[str, list[Point]]:
+    """The line of every model, from left to right."""
+    lines, (_, factor) = defaultdict(list), AXES[options.x]
+    _, unit, _ = COLUMNS[options.score]
+    for row in rows:
+        values = [unit * run[options.score] for run in row["runs"]]
+        error = stdev(values) if len(values) > 1 else 0.0
+        lines[row["model"]].append((factor * row[options.x], mean(values), error))
+    return {model: sorted(line) for model, line in lines.items()}
+
+
+def draw(options: Options) -> None:
+    """Write the plot; whatever is wrong is refused before."""
+    for name, choices in (("x", AXES), ("score", COLUMNS)):
+        if (got := getattr(options, name)) not in choices:
+            raise UserError(f"{name}={got}: choose {', '.join(choices)}")
+    tables = [read(table) for table in options.tables]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install 'turbodiffusion[eval]'") from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    levels = {mean(run[options.score] for run in rows[0]["runs"]) for rows in tables}
+    for level in levels:
+        axes.axhline(COLUMNS[options.score][1] * level, color="grey", linestyle="--", label="teacher")
+    judged = [row for rows in tables for row in rows if not row["model"].startswith("teacher")]
+    for model, line in points(judged, options).items():
+        x, y, error = zip(*line, strict=True)
+        axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=model)
+    axes.set(xlabel=AXES[options.x][0], ylabel=COLUMNS[options.score][0])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with appearing(Path(options.dst).expanduser()) as part:
+        figure.savefig(part, format=Path(options.dst).suffix.removeprefix(".") or "png", dpi=120)
+
+
+def main() -> None:
+    """Read key=value options from the command line."""
+    with one_sentence():
+        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
+        draw(OmegaConf.to_object(options))
+
+
+if __name__ == "__main__":
+    main()
