@@ -1,6 +1,6 @@
 """Draw what evaluation/students.py measured, tables together: a score over sparsity or over steps.
 
-    python -m evaluation.plot tables=[A/students.json,B/students.json] dst=FILE.png [x=sparsity|steps] [score=NAME]
+    python -m evaluation.plot tables=[A/students.json,B/students.json] dst=PNG [x=sparsity|steps] [score=NAME]
 
 Rows of one model are a line, with standard deviations of its training seeds; each table's first row, its
 teacher, is a dashed level.  Needs matplotlib, of the extra `eval`.
