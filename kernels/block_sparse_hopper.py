@@ -61,38 +61,47 @@ class Form(NamedTuple):
 
 
 # in 16 bits, by the rows of a block of queries, made for D = 128; best first
-FORMS = {128: (Form(128, 2, 1),), 64: (Form(64, 2, 2),)}
+FORMS = {
+    128: tuple(Form(128, 2, 1, in_turns, held) for in_turns in (False, True) for held in (False, True)),
+    64: (Form(64, 2, 2), Form(64, 2, 2, held=True), Form(128, 1, 2), Form(128, 1, 2, held=True)),
+}
 
 
 @gluon.jit
-def _fetch(desc, ring, place, listed, step, count, KEYS: gl.constexpr):
-    """The blocks of a step, cut into pieces of columns, in the order of _matrices."""
+def _fetch(desc, ring, place, listed, step, count, BLOCKS: gl.constexpr, ACROSS: gl.constexpr):
+    """The blocks of a step, cut into pieces of columns, as _matrices has them; ACROSS: keys are columns."""
     tiles, ready, free = ring
     batch, column = place
     list_ptr, kept = listed
     STAGES: gl.constexpr = ready.shape[0]
-    BLOCKS: gl.constexpr = KEYS // tiles.shape[2]
     PIECES: gl.constexpr = tiles.shape[0] // (STAGES * BLOCKS)
     stage = count % STAGES
     mbarrier.wait(free.index(stage), (count // STAGES & 1) ^ 1)
     mbarrier.expect(ready.index(stage), BLOCKS * PIECES * desc.block_type.nbytes)
     first = (gl.cdiv(kept, BLOCKS) - 1 - step) * BLOCKS
     for block in gl.static_range(BLOCKS):
-        key = gl.load(list_ptr + gl.minimum(first + block, kept - 1)) * tiles.shape[2]
+        listed_block = gl.load(list_ptr + gl.minimum(first + block, kept - 1))
         for piece in gl.static_range(PIECES):
+            if ACROSS:
+                at = [batch, column, listed_block * tiles.shape[3]]
+            else:
+                at = [batch, listed_block * tiles.shape[2], column + piece * tiles.shape[3]]
             tile = tiles.index((stage * PIECES + piece) * BLOCKS + block)
-            _load(desc, [batch, key, column + piece * tiles.shape[3]], ready.index(stage), tile)
+            _load(desc, at, ready.index(stage), tile)
 
 
 @gluon.jit
-def _fill(descs, queries, keys, values, work, KEYS: gl.constexpr):
-    """The loading warp: the queries of every tile, and keys and values as their buffers fall free."""
+def _fill(descs, queries, keys, values, work, BLOCKS: gl.constexpr, ACROSS: gl.constexpr):
+    """The loading warp: the queries of every tile, and keys and values as their buffers fall free.
+
+    ACROSS: values are (B N, D, S), with heads for batches, and not like keys.
+    """
     q_desc, k_desc, v_desc = descs
     q_tiles, q_ready, q_free = queries
     list_ptr, start, end, stride, kept, _, L, _, N = work
     GROUPS: gl.constexpr = q_tiles.shape[0]
     ROWS: gl.constexpr = q_tiles.shape[2]
-    steps = gl.cdiv(kept, KEYS // k_desc.block_type.shape[1])
+    steps = gl.cdiv(kept, BLOCKS)
     blocks = gl.cdiv(L, GROUPS * ROWS)
     parity = 0
     count = 0
@@ -100,17 +109,18 @@ def _fill(descs, queries, keys, values, work, KEYS: gl.constexpr):
         head = tile // blocks
         first = tile % blocks * (GROUPS * ROWS)
         place = (head // N, head % N * q_tiles.shape[3])
+        v_place = (head, 0) if ACROSS else place
         listed = (list_ptr + tile.to(gl.int64) * kept, kept)
-        _fetch(k_desc, keys, place, listed, 0, count, KEYS)
+        _fetch(k_desc, keys, place, listed, 0, count, BLOCKS, False)
         mbarrier.wait(q_free, parity ^ 1)
         mbarrier.expect(q_ready, GROUPS * q_desc.block_type.nbytes)
         for group in gl.static_range(GROUPS):
             _load(q_desc, [place[0], first + group * ROWS, place[1]], q_ready, q_tiles.index(group))
         for step in range(1, steps):
-            _fetch(k_desc, keys, place, listed, step, count + step, KEYS)
-            _fetch(v_desc, values, place, listed, step - 1, count + step - 1, KEYS)
+            _fetch(k_desc, keys, place, listed, step, count + step, BLOCKS, False)
+            _fetch(v_desc, values, v_place, listed, step - 1, count + step - 1, BLOCKS, ACROSS)
         count += steps
-        _fetch(v_desc, values, place, listed, steps - 1, count - 1, KEYS)
+        _fetch(v_desc, values, v_place, listed, steps - 1, count - 1, BLOCKS, ACROSS)
         parity ^= 1
 
 
@@ -197,13 +207,13 @@ def _attend(
             shrink = gl.exp2(m - m_new)
             m = m_new
             l = l * shrink + gl.sum(p, 1)
+            left = gl.convert_layout(p.to(k_tiles.dtype), LEFT)
             # passes at once, as the buffer is not free yet: ptxas moves no wait for products across it, and
             # would else wait before the arithmetic above
             mbarrier.wait(v_ready.index(before), phase)
             o = warpgroup_mma_wait(0, [o])
             mbarrier.arrive(v_free.index(before))
             o = o * gl.convert_layout(shrink, OUT_ROW)[:, None]
-            left = gl.convert_layout(p.to(k_tiles.dtype), LEFT)
         if not HELD:
             mbarrier.arrive(q_free)
         stage = count % STAGES
@@ -248,7 +258,8 @@ def forward_kernel(
 ):  # fmt: skip
     """o and the log-sum-exp of `count` tiles; descriptors of (B, L or S, N D) in tiles of `shapes`."""
     PIECES: gl.constexpr = q_desc.block_type.shape[2] // k_desc.block_type.shape[2]
-    RING: gl.constexpr = STAGES * PIECES * KEYS // k_desc.block_type.shape[1]
+    BLOCKS: gl.constexpr = KEYS // k_desc.block_type.shape[1]
+    RING: gl.constexpr = STAGES * PIECES * BLOCKS
     queries = (_tiles(q_desc, GROUPS), _barriers(1, 1).index(0), _barriers(1, GROUPS).index(0))
     keys = (_tiles(k_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
     values = (_tiles(v_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
@@ -260,7 +271,7 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_attend, (0, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
-                (_fill, (descs, queries, keys, values, work, KEYS)),
+                (_fill, (descs, queries, keys, values, work, BLOCKS, False)),
             ],
             [1],
             [LOADER_REGISTERS],
@@ -270,7 +281,7 @@ def forward_kernel(
             [
                 (_attend, (0, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
                 (_attend, (1, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
-                (_fill, (descs, queries, keys, values, work, KEYS)),
+                (_fill, (descs, queries, keys, values, work, BLOCKS, False)),
             ],
             [4, 1],
             [GROUP_REGISTERS, LOADER_REGISTERS],
@@ -293,13 +304,32 @@ def options(form: Form, block_q: int) -> dict[str, int | bool]:
     }
 
 
-def shapes(
-    head_dim: int, block_k: int, dtype: torch.dtype
-) -> dict[str, tuple[list[int], gl.NVMMASharedLayout]]:
-    """Tiles that TMA moves, of queries and outputs (q), keys and values (k), and how they lie."""
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    tiles = {"q": [1, ROWS, head_dim], "k": [1, block_k, min(head_dim, PIECE // dtype.itemsize)]}
-    return {x: (shape, gl.NVMMASharedLayout.get_default_for(shape, element)) for x, shape in tiles.items()}
+def shapes(head_dim: int, block_k: int, dtype: torch.dtype) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
+    """Tiles that TMA moves, of queries, keys, values and outputs, and how they lie."""
+    q = placed([1, ROWS, head_dim], element(dtype))
+    k = placed([1, block_k, min(head_dim, PIECE // dtype.itemsize)], element(dtype))
+    return [q, k, k, q]
+
+
+def placed(shape: list[int], kind: gl.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """A tile and how it lies."""
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, kind)
+
+
+def packed(x: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """(B, L, N, D), its shape and strides as (B, L, N D), those of dimensions of one element too."""
+    B, L, N, D = x.shape
+    return x, [B, L, N * D], [L * N * D, N * D, 1]
+
+
+def element(dtype: torch.dtype) -> gl.dtype:
+    """Gluon's name of a dtype of 16 bits."""
+    return {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+
+
+def programs(count: int, form: Form, device: torch.device) -> int:
+    """How many are launched for that many tiles: as many as the multiprocessors hold at a time."""
+    return min(count, form.programs * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launch(
@@ -311,14 +341,7 @@ def launch(
     """
     (B, L, N, D), S = tensors[0].shape, tensors[1].shape[1]
     tiles = shapes(D, block_k, tensors[0].dtype)
-    # strides are written out, as that of a dimension of one element may be anything
-    descs = [
-        TensorDescriptor(x, [B, x.shape[1], N * D], [x.shape[1] * N * D, N * D, 1], *tiles[kind])
-        for x, kind in zip(tensors, "qkkq", strict=True)
-    ]
+    descs = [TensorDescriptor(*packed(x), *tile) for x, tile in zip(tensors, tiles, strict=True)]
     count = B * N * index.shape[2]
-    processors = torch.cuda.get_device_properties(lse.device).multi_processor_count
     sizes = (index.shape[3], 1 / math.sqrt(D), L, S, N, count)
-    forward_kernel[(min(count, form.programs * processors),)](
-        *descs, lse, index, *sizes, **options(form, block_q)
-    )
+    forward_kernel[(programs(count, form, lse.device),)](*descs, lse, index, *sizes, **options(form, block_q))

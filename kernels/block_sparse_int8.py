@@ -70,7 +70,7 @@ def _form(q: Tensor, block_q: int, block_k: int) -> NamedTuple:
         return _sound_form(q.device, q.dtype, q.shape[-1], block_q, block_k)
     from kernels import block_sparse_int8_triton as kernels
 
-    return kernels.forms_for(0)[0]
+    return kernels.forms_for(0, block_q, block_k)[0]
 
 
 @cache
@@ -82,8 +82,9 @@ def _sound_form(
 
     major, minor = torch.cuda.get_device_capability(device)
     trial = Trial(device, dtype, width, block_q, block_k)
-    forms = {str(form): form for form in kernels.forms_for(10 * major + minor)}
-    return first_sound("8-bit sparse attention", forms, lambda form: share(trial, form))
+    forms = kernels.forms_for(10 * major + minor, block_q, block_k)
+    named = {str(form): form for form in forms}
+    return first_sound("8-bit sparse attention", named, lambda form: share(trial, form))
 
 
 def share(trial: Trial, form: NamedTuple) -> float:

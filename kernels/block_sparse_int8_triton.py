@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.block_sparse_triton import Blocks, Form, first_key, options
 from kernels.reference import E4M3_MAX, TINY
 from kernels.tiles import (
+    HAS_GLUON,
     LOG2E,
     allow_descriptors,
     head_start,
@@ -36,7 +37,7 @@ PADDING = 16
 class Eight(NamedTuple):
     """How attention is laid out, and whether its values are e4m3, or else as they come."""
 
-    form: Form
+    form: NamedTuple
     fp8: bool
 
 
@@ -44,11 +45,20 @@ HOPPER = Form(64, 64, 4, 1, tma=True, registers=128)
 PORTABLE = Form(128, 64, 8, 2)
 
 
-def forms_for(capability: int) -> list[Eight]:
-    """What runs on a GPU of that capability, 90 for 9.0; best first."""
+def forms_for(capability: int, block_q: int, block_k: int) -> list[Eight]:
+    """What runs on a GPU of that capability, 90 for 9.0; best first.
+
+    Those whose form is no Form are of the kernel in kernels/block_sparse_int8_hopper.py.
+    """
+    own = ()
+    if capability == 90 and HAS_GLUON:
+        from kernels import block_sparse_int8_hopper
+
+        own = block_sparse_int8_hopper.FORMS.get((block_q, block_k), ())
     # the portable form would be slower on Hopper than attention in bf16
     form = HOPPER if capability == 90 else PORTABLE
-    return [Eight(form, fp8) for fp8 in (True, False) if capability >= 89 or not fp8]
+    eights = [Eight(form, fp8) for fp8 in (True, False) if capability >= 89 or not fp8]
+    return [*(Eight(form, True) for form in own), *eights]
 
 
 @triton.jit(do_not_specialize=("L", "N"))
@@ -67,8 +77,13 @@ def quantise_kernel(x_ptr, mean_ptr, y_ptr, step_ptr, L, N, tiny, D: tl.constexp
 
 
 @triton.jit(do_not_specialize=("S", "N", "P"))
-def quantise_values_kernel(v_ptr, step_ptr, y_ptr, S, N, P, D: tl.constexpr, KEYS: tl.constexpr):
-    """A tile of values in steps of their channels', channels first; zeros from S to P."""
+def quantise_values_kernel(
+    v_ptr, step_ptr, y_ptr, S, N, P, D: tl.constexpr, KEYS: tl.constexpr, PAIRED: tl.constexpr
+):
+    """A tile of values in steps of their channels', channels first; zeros from S to P.
+
+    PAIRED: of 16 keys the pairs (0, 1), (2, 3), ... lie in the order 0, 4, 1, 5, 2, 6, 3, 7.
+    """
     first = tl.program_id(0) * KEYS
     head = tl.program_id(1).to(tl.int64)
     v = load_rows(v_ptr + head_start(head, S, N, D), first, S, N * D, D, KEYS)
@@ -76,7 +91,10 @@ def quantise_values_kernel(v_ptr, step_ptr, y_ptr, S, N, P, D: tl.constexpr, KEY
     v = v.to(tl.float32) / tl.load(step_ptr + head * D + channel)[None, :]
     key = first + tl.arange(0, KEYS)
     y_ptr += head * D * P + channel[:, None] * P + key[None, :]
-    tl.store(y_ptr, v.T.to(y_ptr.dtype.element_ty), mask=(key < P)[None, :])
+    v = v.T
+    if PAIRED:
+        v = v.reshape(D, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(D, KEYS)
+    tl.store(y_ptr, v.to(y_ptr.dtype.element_ty), mask=(key < P)[None, :])
 
 
 @triton.jit
@@ -161,8 +179,11 @@ class Quantised(NamedTuple):
     v_step: Tensor | None
 
 
-def quantise(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, fp8: bool) -> Quantised:
-    """q and k (B, N, L or S, D) by blocks, k less its mean; where fp8, v by channels over the sequence."""
+def quantise(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, fp8: bool, paired: bool = False) -> Quantised:
+    """q and k (B, N, L or S, D) by blocks, k less its mean; where fp8, v by channels over the sequence.
+
+    paired: the keys of e4m3 values are in the order of quantise_values_kernel.
+    """
     q, k, v = (tokens_first(x) for x in (q, k, v))
     q_int8, q_step = _to_int8(q, None, blocks.q)
     k_int8, k_step = _to_int8(k, k.mean(1, dtype=torch.float32), blocks.k)
@@ -172,14 +193,20 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, fp8: bool) -> Quan
     v_step = torch.linalg.vector_norm(v, torch.inf, dim=1, dtype=torch.float32).clamp(min=TINY) / E4M3_MAX
     v_fp8 = torch.empty(B, N, D, padded, dtype=torch.float8_e4m3fn, device=v.device)
     with torch.cuda.device_of(v):
-        quantise_values_kernel[triton.cdiv(padded, 64), B * N](v, v_step, v_fp8, S, N, padded, D, KEYS=64)
+        quantise_values_kernel[triton.cdiv(padded, 64), B * N](v, v_step, v_fp8, S, N, padded, D, 64, paired)
     return Quantised(q_int8, k_int8, v_fp8, q_step, k_step, v_step)
 
 
-def attend(x: Quantised, blocks: Blocks, form: Form, dtype: torch.dtype) -> Tensor:
+def attend(x: Quantised, blocks: Blocks, form: NamedTuple, dtype: torch.dtype) -> Tensor:
     """o (B, N, L, D) in that dtype, tokens first in memory."""
     (B, L, N, D), S = x.q.shape, x.k.shape[1]
     o = torch.empty(B, L, N, D, dtype=dtype, device=x.q.device)
+    if not isinstance(form, Form):
+        from kernels import block_sparse_int8_hopper
+
+        with torch.cuda.device_of(o):
+            block_sparse_int8_hopper.launch(x, o, blocks.index.contiguous(), blocks.k, form)
+        return o.transpose(1, 2)
     launch = options(form, D, dtype, blocks.q, blocks.k)
     del launch["DOT"]
     lists = (blocks.index.contiguous(), blocks.index.shape[-1])
@@ -194,7 +221,8 @@ def attend(x: Quantised, blocks: Blocks, form: Form, dtype: torch.dtype) -> Tens
 
 def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, eight: Eight) -> Tensor:
     """o (B, N, L, D) in q's dtype, tokens first in memory."""
-    return attend(quantise(q, k, v, blocks, eight.fp8), blocks, eight.form, q.dtype)
+    quantised = quantise(q, k, v, blocks, eight.fp8, paired=not isinstance(eight.form, Form))
+    return attend(quantised, blocks, eight.form, q.dtype)
 
 
 def _to_int8(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,11 @@ def forms(kind: str, dtype: torch.dtype, case: Case) -> list[NamedTuple]:
     return [form for form in every if GPU or isinstance(form, sparse.Form)]
 
 
+def eights(block_q: int, block_k: int) -> list[int8.Eight]:
+    every = int8.forms_for(CAPABILITY, block_q, block_k)
+    return [eight for eight in every if GPU or isinstance(eight.form, sparse.Form)]
+
+
 @pytest.mark.parametrize(("dtype", "case"), TYPED)
 def test_output(dtype: torch.dtype, case: Case) -> None:
     primals, _, blocks = draw(case, dtype)
@@ -122,6 +127,10 @@ def test_output_is_the_same_every_time(block_q: int) -> None:
         for _ in range(50):
             again = sparse.attention(*primals, blocks, form)
             assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    for eight in eights(block_q, 64):
+        quantised = int8.quantise(*primals, blocks, eight.fp8, not isinstance(eight.form, sparse.Form))
+        first = int8.attend(quantised, blocks, eight.form, BF16)
+        assert all(torch.equal(int8.attend(quantised, blocks, eight.form, BF16), first) for _ in range(50))
 
 
 @pytest.mark.parametrize(("dtype", "case"), TYPED)
@@ -259,7 +268,7 @@ def test_the_trial_tells_right_from_wrong(kind: str, monkeypatch: pytest.MonkeyP
     assert error_share(trial.run(kind, sparse.PORTABLE), truth, eps) > 10
 
 
-@pytest.mark.parametrize("eight", int8.forms_for(CAPABILITY), ids=str)
+@pytest.mark.parametrize("eight", eights(32, 32), ids=str)
 def test_the_trial_of_eight_bits_tells_right_from_wrong(
     eight: int8.Eight, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +293,7 @@ def test_eight_bits_lose_what_their_twin_loses(case: Case, fp8: bool) -> None:
     wanted = reference.sparse_attention_int8(*primals, blocks.index, **sizes, fp8=fp8)
     # the twin's own error, a tenth more for what differs in rounding, and the rounding of the result
     limit = 1.1 * error(wanted, truth) + torch.finfo(BF16).eps / 2
-    for eight in int8.forms_for(CAPABILITY):
+    for eight in eights(case.block_q, case.block_k):
         if eight.fp8 == fp8:
             o = int8.attention(*primals, blocks, eight)
             assert o.dtype == BF16
@@ -299,7 +308,7 @@ def test_eight_bits_of_one_tile_equal_their_twin(fp8: bool) -> None:
     primals, _, blocks = draw(Case(130, 90, 64, 64, 32), BF16)
     blocks = blocks._replace(index=blocks.index[..., :1].contiguous())
     wanted = reference.sparse_attention_int8(*primals, blocks.index, block_q=64, block_k=32, fp8=fp8)
-    for eight in int8.forms_for(CAPABILITY):
+    for eight in eights(64, 32):
         if eight.fp8 == fp8:
             # results are rounded to bf16, and without fp8 the weights too; a weight in the middle between
             # two e4m3 numbers, one in a few hundred, may fall on the other side
@@ -321,6 +330,9 @@ def test_quantised_numbers_are_the_nearest() -> None:
     assert ((x.q.transpose(1, 2) * steps.double() - q).abs() <= 0.5001 * steps).all()
     values = x.v.to(torch.float64).mT
     assert not values[:, :, 90:].any()
+    paired = int8.quantise(q, k, v, blocks, fp8=True, paired=True).v.to(torch.float64).mT
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], device=DEVICE)
+    assert torch.equal(paired, values.unflatten(2, (-1, 16))[:, :, :, order].flatten(2, 3))
     # e4m3 has four digits from 2^-6 on and steps of 2^-9 below
     off = (values[:, :, :90] - v.double() / x.v_step[:, :, None]).abs()
     assert (off <= values[:, :, :90].abs().clamp(min=2**-6) * 2**-4 * 1.0001).all()
@@ -329,5 +341,5 @@ def test_quantised_numbers_are_the_nearest() -> None:
 def test_public_eight_bit_op_reaches_the_kernels() -> None:
     (q, k, v), _, blocks = draw(Case(70, 90, 32, 64, 32), BF16)
     o = sparse_attention_int8(q, k, v, blocks.index, block_q=64, block_k=32)
-    form = int8.forms_for(CAPABILITY if GPU else 0)[0]
+    form = int8.forms_for(CAPABILITY if GPU else 0, 64, 32)[0]
     assert torch.equal(o, int8.attention(q, k, v, blocks, form))

@@ -97,14 +97,22 @@ class Bench:
         }
 
     def forms(self) -> dict[str, Run]:
-        """Sparse attention in each of its forms here, which tests/kernels hold to fp64."""
+        """Sparse attention in each of its forms here, which tests/kernels hold to fp64; 8 bits, quantised."""
+        from kernels import block_sparse_int8_triton as int8
         from kernels import block_sparse_triton as kernels
 
         major, minor = torch.cuda.get_device_capability()
-        sizes = tuple(self.blocks.values())
-        attend = partial(kernels.attention, *self.primals, kernels.Blocks(self.index, *sizes))
-        forms = kernels.forms_for("forward", self.q.dtype, 10 * major + minor, *sizes)
-        return {f"  {form}": Run(partial(attend, form), 4) for form in forms}
+        device, dtype, sizes = 10 * major + minor, self.q.dtype, tuple(self.blocks.values())
+        blocks = kernels.Blocks(self.index, *sizes)
+        calls = {
+            f"  {form}": partial(kernels.attention, *self.primals, blocks, form)
+            for form in kernels.forms_for("forward", dtype, device, *sizes)
+        }
+        for form, fp8 in int8.forms_for(device, *sizes):
+            paired = not isinstance(form, kernels.Form)
+            numbers = int8.quantise(*self.primals, blocks, fp8, paired)
+            calls[f"  8 bits, fp8={fp8}, {form}"] = partial(int8.attend, numbers, blocks, form, dtype)
+        return {name: Run(call, 4) for name, call in calls.items()}
 
     def derivatives(self) -> dict[str, Run]:
         """Runs with gradients or a tangent."""
