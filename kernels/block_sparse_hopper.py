@@ -228,7 +228,7 @@ def _attend(
         first = tile % blocks * (GROUPS * ROWS) + group * ROWS
         row = first + gl.arange(0, ROWS, ROW)
         gl.store(lse_ptr + head.to(gl.int64) * L + row, (m + gl.log2(l)) * LN2, row < L)
-        o = o / gl.convert_layout(l, OUT_ROW)[:, None]
+        o = o * gl.convert_layout(1 / l, OUT_ROW)[:, None]
         # o of the tile before has left the buffer
         tma.store_wait(0)
         o_tile.reshape([ROWS, D]).store(o.to(k_tiles.dtype))

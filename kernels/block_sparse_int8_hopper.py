@@ -190,7 +190,7 @@ def _attend(group, outputs, queries, keys, values, steps_of, work):
         parity ^= 1
 
         v_step = gl.load(v_step_ptr + head * D + gl.arange(0, D, COLUMN))
-        o = o / gl.convert_layout(l, OUT_ROW)[:, None] * v_step[None, :]
+        o = o * gl.convert_layout(1 / l, OUT_ROW)[:, None] * v_step[None, :]
         # o of the tile before has left the buffer
         tma.store_wait(0)
         o_tile.reshape([HEIGHT, D]).store(o.to(o_tiles.dtype))
