@@ -32,7 +32,7 @@ def attention(
     q, dq (B, N, L, D); k, v, dk, dv (B, N, S, D); an absent tangent is zero -> o (B, N, L, D),
     lse (B, N, L), do like o, or None when no tangent is given.  All in fp32, or fp64 for fp64 inputs.
     """
-    q, k, v, dq, dk, dv = (None if x is None else _widen(x) for x in (q, k, v, dq, dk, dv))
+    q, k, v, dq, dk, dv = (None if x is None else widen(x) for x in (q, k, v, dq, dk, dv))
     scale = 1 / math.sqrt(q.shape[-1])
     scores = scale * q @ k.mT
     p = scores.softmax(-1)
@@ -52,7 +52,7 @@ def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention's o along q, k and v, from what it returned; shapes and dtypes as there."""
-    q, k, v, o, grad = (_widen(x) for x in (q, k, v, o, grad))
+    q, k, v, o, grad = (widen(x) for x in (q, k, v, o, grad))
     scale = 1 / math.sqrt(q.shape[-1])
     p = (scale * q @ k.mT - lse.unsqueeze(-1)).exp()
     slope = scale * p * (grad @ v.mT - (grad * o).sum(-1, keepdim=True))
@@ -79,6 +79,11 @@ def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"got q in {q.dtype}, k in {k.dtype}, v in {v.dtype}; wanted one dtype")
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def kept_blocks(ratio: float, blocks: int) -> int:
     """How many of the key blocks a block of queries attends to: rounded down, at least one."""
     return max(1, min(blocks, int(ratio * blocks)))
@@ -91,7 +96,7 @@ def block_map(q: Tensor, k: Tensor, *, block_q: int, block_k: int, ratio: float)
     fp32, or fp64 for fp64 inputs; of equal ones the lower index is kept.  Nothing is differentiated
     (arXiv:2509.24006; keys less their mean, as published models were trained).
     """
-    q, k = _widen(q.detach()), _widen(k.detach())
+    q, k = widen(q.detach()), widen(k.detach())
     # the mean key adds the same to all scores of a row: that much smaller they round, and tie, less
     mean_k = _block_means(k, block_k) - k.mean(-2, keepdim=True)
     scores = _block_means(q, block_q) @ mean_k.mT
@@ -119,7 +124,7 @@ def sparse_attention_int8(
     row alike.  fp8: in e4m3, values, one scale a channel, and weights up to 448, of which nothing is lost but
     the rounding (arXiv:2411.10958).
     """
-    q, k, v = _widen(q), _widen(k), _widen(v)
+    q, k, v = widen(q), widen(k), widen(v)
     q, k = _round_to_int8(q, block_q), _round_to_int8(k - k.mean(-2, keepdim=True), block_k)
     if not fp8:
         return sparse_attention(q, k, v, block_index, block_q=block_q, block_k=block_k)[0]
@@ -144,7 +149,7 @@ def _sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     length, keys = q.shape[-2], k.shape[-2]
     duals = any(unpack_dual(x).tangent is not None for x in (q, k, v))
-    q, k, v = (_into_blocks(_widen(x), size) for x, size in ((q, block_q), (k, block_k), (v, block_k)))
+    q, k, v = (_into_blocks(widen(x), size) for x, size in ((q, block_q), (k, block_k), (v, block_k)))
     selected = math.prod(block_index.shape[:2]) * block_index.shape[-1] * block_k
     count = max(1, WORKSPACE // (selected * 2 * (block_q + q.shape[-1])))
     chunks = list(zip(q.split(count, dim=2), block_index.split(count, dim=2), strict=True))
@@ -164,7 +169,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str) -> Tenso
     fp64 for fp64 inputs (arXiv:2006.16236, eq. 5).
     """
     features = FEATURE_MAPS[feature_map]
-    q, k, v = features(_widen(q)), features(_widen(k)), _widen(v)
+    q, k, v = features(widen(q)), features(widen(k)), widen(v)
     return q @ (k.mT @ v) / (LINEAR_EPS + q @ k.sum(-2).unsqueeze(-1))
 
 
@@ -208,7 +213,3 @@ def _block_means(x: Tensor, size: int) -> Tensor:
     starts = torch.arange(0, x.shape[-2], size, device=x.device)
     lengths = (x.shape[-2] - starts).clamp(max=size)
     return _into_blocks(x, size).sum(-2) / lengths.unsqueeze(-1)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

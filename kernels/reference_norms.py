@@ -1,0 +1,40 @@
+"""Plain-PyTorch twins of the fused norms: computed in fp32, or fp64 for fp64 inputs, and rounded once.
+
+The kernels in kernels/norms_triton.py have the same names.  Shapes are in kernels/norms.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference_int8
+from kernels.reference import widen
+
+EPS = 1e-6
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift, in x's dtype."""
+    return _modulate(x, shift, scale).to(x.dtype)
+
+
+def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """reference_int8.quantise_rows of what norm_modulate gives, before that is rounded."""
+    return reference_int8.quantise_rows(_modulate(x, shift, scale).flatten(0, 1))
+
+
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm(x) times a weight, then channel pairs of every head turned, in x's dtype."""
+    y = widen(x)
+    y = F.rms_norm(y, weight.shape, weight.to(y.dtype), EPS)
+    a, b = y.unflatten(-1, (-1, cos.shape[-1], 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y, in x's dtype."""
+    return torch.addcmul(widen(x), gate, widen(y)).to(x.dtype)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(widen(x), x.shape[-1:], eps=EPS), 1 + scale)

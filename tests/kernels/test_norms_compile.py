@@ -1,0 +1,49 @@
+"""The kernels of fused norms compile for every supported GPU, with no GPU, and stay in registers."""
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.compiler import CompiledKernel
+
+from kernels import norms_triton as norms
+from tests.kernels.compiling import SHARED_BYTES, compile_kernel
+
+FP32_POINTERS = ("shift_ptr", "scale_ptr", "gate_ptr", "step_ptr", "cos_ptr", "sin_ptr", "weight_ptr")
+EIGHT_BITS = "modulation to 8 bits"
+KERNELS = {
+    "modulation": (norms.modulate_kernel, {"PER_TOKEN": False, "step_ptr": None}),
+    EIGHT_BITS: (norms.modulate_kernel, {"PER_TOKEN": False}),
+    f"{EIGHT_BITS} by token": (norms.modulate_kernel, {"PER_TOKEN": True}),
+    "rotated norm": (norms.rotate_kernel, {"D": 128}),
+    "gated sum": (norms.add_kernel, {"PER_TOKEN": False}),
+}
+
+
+def compile_norm(name: str, width: int, capability: int) -> CompiledKernel:
+    kernel, options = KERNELS[name]
+    types = {x: "*fp32" if x in FP32_POINTERS else "*bf16" for x in kernel.arg_names if x.endswith("_ptr")}
+    if name.startswith(EIGHT_BITS):
+        types["y_ptr"] = "*i8"
+    return compile_kernel(kernel, types, options | norms.options(width), capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_for_the_gpu(name: str, capability: int) -> None:
+    kernel = compile_norm(name, 1536, capability)
+    assert kernel.asm["cubin"]
+    # one warp to a row: nothing to exchange, and nothing to wait for
+    assert kernel.metadata.shared == 0
+    # loads and stores 16 bytes wide, without which memory is not used at its speed
+    for access in ("ld.global.v4", "st.global.v4"):
+        assert access in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("width", [1536, 3072, 5120])
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_are_in_registers(name: str, width: int) -> None:
+    kernel = compile_norm(name, width, 90)
+    assert "STL" not in kernel.asm["sass"]
+    # no lane masked off: these widths are whole tiles
+    assert width % norms.options(width)["CHUNK"] == 0

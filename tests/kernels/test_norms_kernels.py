@@ -1,0 +1,113 @@
+"""The Triton kernels of fused norms: on a GPU, or in the interpreter by test_without_gpu.py."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kernels import norms, reference_norms
+from kernels import norms_triton as kernels
+from tests.kernels.judging import DEVICE, GPU, allowed, widen
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# widths of Wan, a power of two, of small networks and of no tile, with those of heads
+WIDTHS = {1536: 128, 5120: 128, 3072: 96, 256: 64, 96: 12, 1542: 6, 20: 10}
+# two samples, with tokens left over by whole programs
+SHAPE = (2, 4099) if GPU else (2, 5)
+
+
+def draw(width: int, dtype: torch.dtype, tokens: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and y, of a mean that is not small and a loud channel, and two signals in fp32."""
+    x, y = 3 + torch.randn(2, *SHAPE, width)
+    x[..., 1] *= 50
+    signals = torch.randn(2, SHAPE[0], tokens, width)
+    return *(t.to(DEVICE, dtype) for t in (x, y)), *(signal.to(DEVICE) for signal in signals)
+
+
+def draw_table(width: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(SHAPE[1], 1, WIDTHS[width] // 2, dtype=torch.float64)
+    return angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE)
+
+
+def judge(name: str, *inputs: Tensor) -> None:
+    """Against fp64: a kernel may lose twice what the twin does."""
+    twin = getattr(reference_norms, name)
+    got, truth = getattr(kernels, name)(*inputs), twin(*widen(inputs))
+    assert got.dtype == inputs[0].dtype
+    assert got.shape == truth.shape
+    assert (got.double() - truth).norm() <= allowed(twin(*inputs), truth, truth.norm(), got.dtype)
+
+
+@pytest.mark.parametrize("is_per_token", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_modulation_and_gated_sums(width: int, dtype: torch.dtype, is_per_token: bool) -> None:
+    x, y, shift, scale = draw(width, dtype, SHAPE[1] if is_per_token else 1)
+    judge("norm_modulate", x, shift, scale)
+    judge("add_gated", x, y, scale)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rotated_norms(width: int, dtype: torch.dtype) -> None:
+    x, _, weight, _ = draw(width, dtype)
+    judge("norm_rotate", x, weight[0, 0], *draw_table(width))
+
+
+@pytest.mark.parametrize("is_per_token", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_8_bit_numbers_are_the_nearest(width: int, dtype: torch.dtype, is_per_token: bool) -> None:
+    x, _, shift, scale = draw(width, dtype, SHAPE[1] if is_per_token else 1)
+    counts, steps = kernels.norm_modulate_int8(x, shift, scale)
+    truth = reference_norms.norm_modulate(*widen((x, shift, scale))).flatten(0, 1)
+    assert counts.dtype == torch.int8
+    # what fp32 loses of a norm, some 20 roundings, which is 127 times as much of a step
+    loss = 20 * 2**-24
+    torch.testing.assert_close(steps.double(), truth.abs().amax(1) / 127, rtol=loss, atol=0)
+    off = (counts * steps.double().unsqueeze(1) - truth).abs() / steps.unsqueeze(1)
+    assert off.max() <= 0.5 + 127 * loss
+
+
+def test_signals_of_one_sample_serve_all() -> None:
+    x, _, shift, scale = draw(256, FP32)
+    judge("norm_modulate", x, shift[:1], scale[:1])
+    judge("add_gated", x.mT.contiguous().mT, x, scale[:1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_give_nan_and_no_other_does(bad: float) -> None:
+    x, _, shift, scale = draw(1536, BF16)
+    x[1, 2, 7] = bad
+    # alone in a first tile, which the others' numbers must not hide
+    shift[0, 0, 5] = torch.nan
+    steps = kernels.norm_modulate_int8(x, shift, scale)[1].view(SHAPE)
+    assert steps[0].isnan().all()
+    assert steps[1].isnan().nonzero().tolist() == [[2]]
+
+
+@pytest.mark.parametrize("op", [norms.norm_modulate, lambda *args: norms.add_gated(args[0], *args)])
+def test_derivatives_are_the_twins(op: Callable[..., Tensor]) -> None:
+    x, _, shift, scale = draw(96, FP32)
+    args = (x, shift, scale) if op is norms.norm_modulate else (x, scale)
+    with forward_ad.dual_level():
+        y = op(forward_ad.make_dual(args[0], torch.ones_like(x)), *args[1:])
+        assert forward_ad.unpack_dual(y).tangent is not None
+    assert op(args[0].requires_grad_(), *args[1:]).grad_fn is not None
+
+
+def test_public_ops_run_the_kernels() -> None:
+    x, y, shift, scale = draw(256, BF16)
+    inputs = {
+        "norm_modulate": (x, shift, scale),
+        "norm_modulate_int8": (x, shift, scale),
+        "norm_rotate": (x, shift[0, 0], *draw_table(256)),
+        "add_gated": (x, y, scale),
+    }
+    for name, args in inputs.items():
+        pairs = zip(*(norms.values(getattr(place, name)(*args)) for place in (norms, kernels)), strict=True)
+        assert all(torch.equal(got, wanted) for got, wanted in pairs), name
