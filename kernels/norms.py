@@ -1,7 +1,7 @@
 """Norms of a transformer's tokens with the element-wise steps beside them, each in one pass over memory.
 
-In Triton on a GPU (kernels/norms_triton.py); by kernels/reference_norms.py on a CPU, where a gradient or a
-tangent is asked for, and in graphs being compiled, which fuse it by themselves.
+In Triton on a GPU (kernels/norms_triton.py), in fp32 and rounded once.  By kernels/reference_norms.py on a
+CPU, where a gradient or a tangent is asked for, and in graphs being compiled, which fuse it by themselves.
 
 Shapes: B batch, L tokens, E width, N heads of D channels.  Signals of time - shift, scale, gate - are
 (B or 1, L or 1, E): one for a sample, or one for each of its tokens.
@@ -28,7 +28,7 @@ Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, without weights, in fp32.  x (B, L, E), signals -> like x."""
+    """LayerNorm(x) (1 + scale) + shift, without weights.  x (B, L, E), signals -> like x."""
     _check_signals(x, shift, scale)
     return _choose(reference_norms.norm_modulate, x, shift, scale)(x, shift, scale)
 
@@ -47,8 +47,7 @@ def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor,
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RMSNorm over the whole width, times a weight, then rotation of channel pairs (2j, 2j + 1) of each head.
 
-    x (B, L, E), weight (E,), table (L, 1, D / 2) of cosines and of sines -> (B, L, N, D) in x's dtype; fp32
-    inside.
+    x (B, L, E), weight (E,), table (L, 1, D / 2) of cosines and of sines -> (B, L, N, D) in x's dtype.
     """
     tensors = x, weight, cos, sin
     (L, E), half = x.shape[1:], cos.shape[-1]
@@ -59,7 +58,7 @@ def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate y, in fp32.  x, y (B, L, E), signal -> like x."""
+    """x + gate y.  x, y (B, L, E), signal -> like x."""
     _check_signals(x, gate)
     if y.shape != x.shape:
         raise ValueError(f"got y {tuple(y.shape)}, wanted x's {tuple(x.shape)}")

@@ -1,11 +1,12 @@
-"""Plain-PyTorch twins of the fused norms: computed in fp32, or fp64 for fp64 inputs, and rounded once.
+"""Plain-PyTorch twins of the fused norms, which round between steps as networks are trained to.
 
-The kernels in kernels/norms_triton.py have the same names.  Shapes are in kernels/norms.py.
+The kernels in kernels/norms_triton.py have the same names, and round once.  Shapes are in kernels/norms.py.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from kernels import reference_int8
 from kernels.reference import widen
@@ -25,16 +26,18 @@ def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor,
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RMSNorm(x) times a weight, then channel pairs of every head turned, in x's dtype."""
-    y = widen(x)
-    y = F.rms_norm(y, weight.shape, weight.to(y.dtype), EPS)
+    # on a GPU the tangent of a bf16 norm would come out in fp32 by itself
+    y = x if unpack_dual(x).tangent is None else widen(x)
+    y = F.rms_norm(y, weight.shape, weight.to(y.dtype), EPS).to(x.dtype)
     a, b = y.unflatten(-1, (-1, cos.shape[-1], 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate y, in x's dtype."""
-    return torch.addcmul(widen(x), gate, widen(y)).to(x.dtype)
+    return torch.addcmul(x, y, gate.to(x.dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(widen(x), x.shape[-1:], eps=EPS), 1 + scale)
+    """In fp32, or fp64 for fp64 inputs."""
+    return torch.addcmul(shift, widen(F.layer_norm(x, x.shape[-1:], eps=EPS)), 1 + scale)
