@@ -7,6 +7,7 @@ caller remembers the answer, by functools.cache, for each device and whatever el
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -20,14 +21,13 @@ def first_sound(name: str, forms: Mapping[str, Form], check: Callable[[Form], fl
     """The first of the named forms that passes; a warning names those before it and what was wrong.
 
     check: runs a form and returns its error as a share of what is allowed.  More than 1 is wrong, and so are
-    NaN and any exception.  It may differentiate, whatever mode it is called in.  RuntimeError where no form
-    is left.
+    NaN and any exception.  It may differentiate, whatever the caller is in the middle of.  RuntimeError where
+    no form is left.
     """
     rejected = []
     for label, form in forms.items():
         try:
-            with torch.inference_mode(False), torch.enable_grad():
-                share = check(form)
+            share = _alone(check, form)
         except Exception as error:  # compiler, driver and launcher each raise their own
             first_line = next(iter(str(error).splitlines()), "")
             rejected.append(f"{label} raises {type(error).__name__}: {first_line[:150]}")
@@ -38,6 +38,22 @@ def first_sound(name: str, forms: Mapping[str, Form], check: Callable[[Form], fl
             return form
         rejected.append(f"{label} is wrong, by {share:.2g} times the allowed error")
     raise RuntimeError(f"{name}: no form of it is sound on this machine: {'; '.join(rejected)}")
+
+
+def _alone(check: Callable[[Form], float], form: Form) -> float:
+    """check(form) in a thread of its own, which has none of this one's modes and hooks.
+
+    Within inference mode, or where activation checkpointing computes a forward again, nothing could be
+    differentiated: tensors would be saved where they do not belong.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+    def run() -> float:
+        with torch.cuda.device(device):
+            return check(form)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def error_share(got: Sequence[Tensor], truth: Sequence[Tensor], allowed: float) -> float:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.selftest import error_share, first_sound, poisoned
 
@@ -82,15 +83,25 @@ def test_an_error_of_one_output_is_not_lost_among_others() -> None:
             assert not error_share(got, truth, allowed=0.5) <= 1
 
 
+def slope(form: Form) -> float:
+    x = torch.linspace(0, 1, 100, requires_grad=True)
+    (grad,) = torch.autograd.grad(form(x)[0].sum(), x)
+    return error_share([grad], [x.double().exp()], allowed=1e-6)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_check_may_differentiate_in_any_mode(mode: Callable[[], AbstractContextManager[None]]) -> None:
-    def slope(form: Form) -> float:
-        x = torch.linspace(0, 1, 100, requires_grad=True)
-        (grad,) = torch.autograd.grad(form(x)[0].sum(), x)
-        return error_share([grad], [x.double().exp()], allowed=1e-6)
-
     with mode():
         assert first_sound("exponentials", {"fast": right}, slope) is right
+
+
+def test_a_check_may_differentiate_where_a_forward_is_computed_again() -> None:
+    def layer(x: Tensor) -> Tensor:
+        return first_sound("exponentials", {"fast": right}, slope)(x)[0].sin()
+
+    x = torch.linspace(0, 1, 100, requires_grad=True)
+    (grad,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), x)
+    assert torch.allclose(grad, x.exp() * x.exp().cos())
 
 
 def test_poison_reaches_new_memory_and_is_cleared_away() -> None:
