@@ -48,23 +48,15 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 
 
 class Form(NamedTuple):
-    """Keys of a step, buffers for steps, programs a multiprocessor, and how warp groups work.
-
-    in_turns: they start their products one after the other.  held: queries stay in registers.
-    """
+    """Keys of a step, buffers for steps, and programs a multiprocessor."""
 
     keys: int
     stages: int
     programs: int
-    in_turns: bool = False
-    held: bool = False
 
 
-# in 16 bits, by the rows of a block of queries, made for D = 128; best first
-FORMS = {
-    128: tuple(Form(128, 2, 1, in_turns, held) for in_turns in (False, True) for held in (False, True)),
-    64: (Form(64, 2, 2), Form(64, 2, 2, held=True), Form(128, 1, 2), Form(128, 1, 2, held=True)),
-}
+# in 16 bits, by the rows of a block of queries, made for D = 128
+FORMS = {128: Form(128, 2, 1), 64: Form(64, 2, 2)}
 
 
 @gluon.jit
@@ -132,10 +124,7 @@ def _matrices(tiles, STAGES: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
-    group, outputs, queries, keys, values, turns, work,
-    KEYS: gl.constexpr, IN_TURNS: gl.constexpr, HELD: gl.constexpr,
-):  # fmt: skip
+def _attend(group, outputs, queries, keys, values, work, KEYS: gl.constexpr):
     """A warp group: its rows of every tile against the keys listed for them."""
     o_desc, o_tiles, lse_ptr = outputs
     q_tiles, q_ready, q_free = queries
@@ -143,6 +132,8 @@ def _attend(
     v_tiles, v_ready, v_free = values
     list_ptr, start, end, stride, kept, scale, L, S, N = work
     GROUPS: gl.constexpr = q_tiles.shape[0]
+    # with steps of 64 keys there are registers for queries too
+    HELD: gl.constexpr = KEYS == 64
     ROWS: gl.constexpr = q_tiles.shape[2]
     D: gl.constexpr = q_tiles.shape[3]
     BLOCK_K: gl.constexpr = k_tiles.shape[2]
@@ -172,11 +163,7 @@ def _attend(
             mbarrier.arrive(q_free)
         stage = count % STAGES
         mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
-        if IN_TURNS:
-            mbarrier.wait(turns.index(group), (count ^ group ^ 1) & 1)
         s = warpgroup_mma(q, k_matrices.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
-        if IN_TURNS:
-            mbarrier.arrive(turns.index(1 - group))
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_free.index(stage))
         key = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
@@ -194,12 +181,8 @@ def _attend(
             stage = count % STAGES
             mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
             mbarrier.wait(v_ready.index(before), phase)
-            if IN_TURNS:
-                mbarrier.wait(turns.index(group), (count ^ group ^ 1) & 1)
             s = warpgroup_mma(q, k_matrices.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
             o = warpgroup_mma(left, v_matrices.index(before), o, is_async=True)
-            if IN_TURNS:
-                mbarrier.arrive(turns.index(1 - group))
             s = warpgroup_mma_wait(1, [s])
             mbarrier.arrive(k_free.index(stage))
             m_new = gl.maximum(m, gl.max(s, 1) * (scale * LOG2E))
@@ -254,7 +237,6 @@ def _tiles(desc, count: gl.constexpr):
 def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, list_ptr, kept, scale, L, S, N, count,
     GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    IN_TURNS: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """o and the log-sum-exp of `count` tiles; descriptors of (B, L or S, N D) in tiles of `shapes`."""
     PIECES: gl.constexpr = q_desc.block_type.shape[2] // k_desc.block_type.shape[2]
@@ -263,14 +245,13 @@ def forward_kernel(
     queries = (_tiles(q_desc, GROUPS), _barriers(1, 1).index(0), _barriers(1, GROUPS).index(0))
     keys = (_tiles(k_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
     values = (_tiles(v_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
-    turns = _barriers(2, 1)
     outputs = (o_desc, _tiles(o_desc, GROUPS), lse_ptr)
     descs = (q_desc, k_desc, v_desc)
     work = (list_ptr, gl.program_id(0), count, gl.num_programs(0), kept, scale, L, S, N)
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_attend, (0, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
+                (_attend, (0, outputs, queries, keys, values, work, KEYS)),
                 (_fill, (descs, queries, keys, values, work, BLOCKS, False)),
             ],
             [1],
@@ -279,8 +260,8 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (0, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
-                (_attend, (1, outputs, queries, keys, values, turns, work, KEYS, IN_TURNS, HELD)),
+                (_attend, (0, outputs, queries, keys, values, work, KEYS)),
+                (_attend, (1, outputs, queries, keys, values, work, KEYS)),
                 (_fill, (descs, queries, keys, values, work, BLOCKS, False)),
             ],
             [4, 1],
@@ -288,7 +269,7 @@ def forward_kernel(
         )
 
 
-def options(form: Form, block_q: int) -> dict[str, int | bool]:
+def options(form: Form, block_q: int) -> dict[str, int]:
     """The compile-time arguments and launch options."""
     groups = block_q // ROWS
     # the loader's warp comes with the registers of four
@@ -297,8 +278,6 @@ def options(form: Form, block_q: int) -> dict[str, int | bool]:
         "GROUPS": groups,
         "KEYS": form.keys,
         "STAGES": form.stages,
-        "IN_TURNS": form.in_turns,
-        "HELD": form.held,
         "num_warps": 4,
         "maxnreg": 65536 // (form.programs * threads) // 8 * 8,
     }

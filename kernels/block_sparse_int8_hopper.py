@@ -37,7 +37,7 @@ from kernels.block_sparse_hopper import (
 from kernels.block_sparse_int8_triton import LOG2_E4M3_MAX, MAGIC, MAGIC_BITS, Quantised
 
 # by the sizes of blocks of queries and keys, made for D = 128
-FORMS = {(128, 64): (Form(128, 3, 1, held=True), Form(128, 2, 1, held=True))}
+FORMS = {(128, 64): Form(128, 2, 1)}
 # blocks of a step
 BLOCKS = gl.constexpr(2)
 

@@ -50,15 +50,15 @@ def forms_for(capability: int, block_q: int, block_k: int) -> list[Eight]:
 
     Those whose form is no Form are of the kernel in kernels/block_sparse_int8_hopper.py.
     """
-    own = ()
+    own = []
     if capability == 90 and HAS_GLUON:
-        from kernels import block_sparse_int8_hopper
+        from kernels.block_sparse_int8_hopper import FORMS
 
-        own = block_sparse_int8_hopper.FORMS.get((block_q, block_k), ())
+        own = [Eight(form, True) for blocks, form in FORMS.items() if blocks == (block_q, block_k)]
     # the portable form would be slower on Hopper than attention in bf16
     form = HOPPER if capability == 90 else PORTABLE
     eights = [Eight(form, fp8) for fp8 in (True, False) if capability >= 89 or not fp8]
-    return [*(Eight(form, True) for form in own), *eights]
+    return own + eights
 
 
 @triton.jit(do_not_specialize=("L", "N"))

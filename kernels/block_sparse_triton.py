@@ -74,11 +74,11 @@ def forms_for(kind: str, dtype: torch.dtype, capability: int, block_q: int, bloc
     forms = HOPPER[kind] if capability == 90 else ()
     # the last is cut down to any block
     fitting = [form for form in forms[:-1] if form.rows <= block_q and form.keys <= block_k]
-    own = ()
+    own = []
     if kind == "forward" and capability == 90 and HAS_GLUON:
-        from kernels import block_sparse_hopper
+        from kernels.block_sparse_hopper import FORMS
 
-        own = block_sparse_hopper.FORMS.get(block_q, ())
+        own = [form for rows, form in FORMS.items() if rows == block_q and form.keys >= block_k]
     return [*own, *fitting, *forms[-1:], PORTABLE[kind]]
 
 

@@ -55,7 +55,7 @@ def descriptors(shapes: list[tuple[list[int], object]], elements: list[str]) -> 
 
 
 def compile_gluon(
-    form: NamedTuple, block_q: int, block_k: int, width: int = 128, dtype: torch.dtype = BF16
+    form: NamedTuple, block_q: int, block_k: int, width: int, dtype: torch.dtype
 ) -> CompiledKernel:
     from kernels import block_sparse_hopper as hopper
 
@@ -103,17 +103,16 @@ def test_hopper_kernel_keeps_products_in_flight(
 ) -> None:
     from kernels.block_sparse_hopper import FORMS
 
-    groups = block_q // 64
-    for form in FORMS[block_q]:
-        kernel = compile_gluon(form, block_q, block_k, width, dtype)
-        assert_shares_a_hopper(kernel, form, groups)
-        sass = kernel.asm["sass"]
-        # nothing is spilt to local memory
-        assert "STL" not in sass
-        # ptxas waits after every product where it cannot follow the waits that were asked for
-        waits = kernel.asm["ptx"].count("wgmma.wait_group")
-        assert sass.count("WARPGROUP.DEPBAR") == waits == 4 * groups
-        assert exponentials(sass, pending=1) == [form.keys // 2 + 2] * groups
+    groups, form = block_q // 64, FORMS[block_q]
+    kernel = compile_gluon(form, block_q, block_k, width, dtype)
+    assert_shares_a_hopper(kernel, form, groups)
+    sass = kernel.asm["sass"]
+    # nothing is spilt to local memory
+    assert "STL" not in sass
+    # ptxas waits after every product where it cannot follow the waits that were asked for
+    waits = kernel.asm["ptx"].count("wgmma.wait_group")
+    assert sass.count("WARPGROUP.DEPBAR") == waits == 4 * groups
+    assert exponentials(sass, pending=1) == [form.keys // 2 + 2] * groups
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
@@ -124,13 +123,13 @@ def test_eight_bit_hopper_kernel_keeps_products_in_flight(width: int, dtype: tor
     types = TYPES | dict.fromkeys(("q_step_ptr", "k_step_ptr", "v_step_ptr"), "*fp32")
     elements = ["i8", "i8", "fp8e4nv", {BF16: "bf16", FP16: "fp16"}[dtype]]
     types |= descriptors(hopper.shapes(width, 64, dtype), elements)
-    for form in hopper.FORMS[128, 64]:
-        kernel = compile_kernel(hopper.attention_kernel, types, hopper.options(form), 90)
-        assert_shares_a_hopper(kernel, form, groups=2)
-        sass = kernel.asm["sass"]
-        # one more, after the first of two products of a tile, whose sums must start from other registers
-        assert sass.count("WARPGROUP.DEPBAR") <= kernel.asm["ptx"].count("wgmma.wait_group") + 1
-        assert exponentials(sass, pending=2) == [form.keys // 2 + 2] * 2
+    form = hopper.FORMS[128, 64]
+    kernel = compile_kernel(hopper.attention_kernel, types, hopper.options(form), 90)
+    assert_shares_a_hopper(kernel, form, groups=2)
+    sass = kernel.asm["sass"]
+    # one more, after the first of two products of a tile, whose sums must start from other registers
+    assert sass.count("WARPGROUP.DEPBAR") <= kernel.asm["ptx"].count("wgmma.wait_group") + 1
+    assert exponentials(sass, pending=2) == [form.keys // 2 + 2] * 2
 
 
 def assert_shares_a_hopper(kernel: CompiledKernel, form: NamedTuple, groups: int) -> None:
