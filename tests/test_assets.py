@@ -16,7 +16,7 @@ from turbodiffusion.small_world.clips import draw_scenes, render
 from turbodiffusion.small_world.sprites import load_sprites
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-FILES = ("wan_tiny", "vae_tiny", "text_tiny")
+FILES = ("wan_tiny", "rcm_tiny", "vae_tiny", "text_tiny")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -38,12 +38,14 @@ def test_vae_reconstructs_held_out_clips() -> None:
     assert psnr(back, frames).mean() > 30
 
 
-def test_teacher_shows_what_the_caption_says() -> None:
-    options = Options(device="cpu", dtype="float32", steps=10, count=4, batch=4)
+@pytest.mark.parametrize(("name", "steps"), [("wan_tiny", 10), ("rcm_tiny", 4)])
+def test_a_network_shows_what_the_caption_says(name: str, steps: int) -> None:
+    ckpt = str(ASSETS / f"{name}.safetensors")
+    options = Options(ckpt=ckpt, device="cpu", dtype="float32", steps=steps, count=4, batch=4)
     sprites, prompts = load_sprites(), held_out_prompts(options.count)
     (clips,) = generate(load_pipeline(options), prompts, sprites, options)
     readings = Oracle(sprites).read(clips)
-    # of 512 prompts: every background, 19 of 20 motions and 5 of 6 subjects
+    # of 512 prompts: every background, 19 of 20 motions and 7 of 8 subjects
     assert [r.background for r in readings] == [p.background for p in prompts]
     for attribute in ("subject", "motion"):
         pairs = zip(readings, prompts, strict=True)
