@@ -61,7 +61,10 @@ FORMS = {128: Form(128, 2, 1), 64: Form(64, 2, 2)}
 
 @gluon.jit
 def _fetch(desc, ring, place, listed, step, count, BLOCKS: gl.constexpr, ACROSS: gl.constexpr):
-    """The blocks of a step, cut into pieces of columns, as _matrices has them; ACROSS: keys are columns."""
+    """The blocks of a step, cut into pieces of columns, as _matrices has them.
+
+    ACROSS: a block is a matrix of its own, whose columns are keys; place: the first one's, and 0.
+    """
     tiles, ready, free = ring
     batch, column = place
     list_ptr, kept = listed
@@ -75,7 +78,7 @@ def _fetch(desc, ring, place, listed, step, count, BLOCKS: gl.constexpr, ACROSS:
         listed_block = gl.load(list_ptr + gl.minimum(first + block, kept - 1))
         for piece in gl.static_range(PIECES):
             if ACROSS:
-                at = [batch, column, listed_block * tiles.shape[3]]
+                at = [batch + listed_block, column, 0]
             else:
                 at = [batch, listed_block * tiles.shape[2], column + piece * tiles.shape[3]]
             tile = tiles.index((stage * PIECES + piece) * BLOCKS + block)
@@ -86,22 +89,23 @@ def _fetch(desc, ring, place, listed, step, count, BLOCKS: gl.constexpr, ACROSS:
 def _fill(descs, queries, keys, values, work, BLOCKS: gl.constexpr, ACROSS: gl.constexpr):
     """The loading warp: the queries of every tile, and keys and values as their buffers fall free.
 
-    ACROSS: values are (B N, D, S), with heads for batches, and not like keys.
+    ACROSS: values are (B N blocks, D, keys of a block), and not like keys.
     """
     q_desc, k_desc, v_desc = descs
     q_tiles, q_ready, q_free = queries
-    list_ptr, start, end, stride, kept, _, L, _, N = work
+    list_ptr, start, end, stride, kept, _, L, S, N = work
     GROUPS: gl.constexpr = q_tiles.shape[0]
     ROWS: gl.constexpr = q_tiles.shape[2]
     steps = gl.cdiv(kept, BLOCKS)
     blocks = gl.cdiv(L, GROUPS * ROWS)
+    v_tiles, _, _ = values
     parity = 0
     count = 0
     for tile in range(start, end, stride):
         head = tile // blocks
         first = tile % blocks * (GROUPS * ROWS)
         place = (head // N, head % N * q_tiles.shape[3])
-        v_place = (head, 0) if ACROSS else place
+        v_place = (head * gl.cdiv(S, v_tiles.shape[3]), 0) if ACROSS else place
         listed = (list_ptr + tile.to(gl.int64) * kept, kept)
         _fetch(k_desc, keys, place, listed, 0, count, BLOCKS, False)
         mbarrier.wait(q_free, parity ^ 1)

@@ -205,7 +205,7 @@ def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_step_ptr, k_step_ptr, v_step_ptr, list_ptr, kept, scale, L, S, N, count,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """o of `count` tiles; descriptors of (B, L or S, N D), and of values (B N, D, padded S)."""
+    """o of `count` tiles; descriptors of (B, L or S, N D), and of values (B N blocks, D, keys)."""
     GROUPS: gl.constexpr = 2
     queries = (_tiles(q_desc, GROUPS), _barriers(1, 1).index(0), _barriers(1, GROUPS).index(0))
     keys = (_tiles(k_desc, STAGES * BLOCKS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
@@ -242,8 +242,9 @@ def shapes(head_dim: int, block_k: int, dtype: torch.dtype) -> list[tuple[list[i
 
 def launch(x: Quantised, o: Tensor, index: Tensor, block_k: int, form: Form) -> None:
     """Fill o (B, L, N, D) with the attention of x, whose values are paired, by packed lists."""
-    (B, L, N, D), S, P = o.shape, x.k.shape[1], x.v.shape[-1]
-    views = (packed(x.q), packed(x.k), (x.v, [B * N, D, P], [D * P, P, 1]), packed(o))
+    (B, L, N, D), S, blocks = o.shape, x.k.shape[1], math.prod(x.v.shape[:3])
+    v = (x.v, [blocks, D, block_k], [D * block_k, block_k, 1])
+    views = (packed(x.q), packed(x.k), v, packed(o))
     tiles = shapes(D, block_k, o.dtype)
     descs = [TensorDescriptor(*view, *tile) for view, tile in zip(views, tiles, strict=True)]
     count = B * N * index.shape[2]

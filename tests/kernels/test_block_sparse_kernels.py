@@ -328,14 +328,32 @@ def test_quantised_numbers_are_the_nearest() -> None:
     assert ((x.k.transpose(1, 2) * steps.double() - wanted).abs() <= 0.5001 * steps).all()
     steps = x.q_step.repeat_interleave(64, 2)[:, :, :70, None]
     assert ((x.q.transpose(1, 2) * steps.double() - q).abs() <= 0.5001 * steps).all()
-    values = x.v.to(torch.float64).mT
+    values = x.v.to(torch.float64).mT.flatten(2, 3)
     assert not values[:, :, 90:].any()
-    paired = int8.quantise(q, k, v, blocks, fp8=True, paired=True).v.to(torch.float64).mT
+    paired = int8.quantise(q, k, v, blocks, fp8=True, paired=True).v.to(torch.float64).mT.flatten(2, 3)
     order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], device=DEVICE)
     assert torch.equal(paired, values.unflatten(2, (-1, 16))[:, :, :, order].flatten(2, 3))
     # e4m3 has four digits from 2^-6 on and steps of 2^-9 below
     off = (values[:, :, :90] - v.double() / x.v_step[:, :, None]).abs()
     assert (off <= values[:, :, :90].abs().clamp(min=2**-6) * 2**-4 * 1.0001).all()
+
+
+def test_of_many_keys_some_give_the_mean_and_all_values_the_steps() -> None:
+    # the last chunk is one token long
+    count = 10 * int8.CHUNK + 1
+    (q, k, v), _, blocks = draw(Case(1, count, 32, 64, 64), BF16)
+    x = int8.quantise(q, k, v, blocks, fp8=True)
+    steps = x.k_step.double().repeat_interleave(64, 2)[:, :, :count, None]
+    # one vector of a head is half a step, or less, from what each of its keys lost
+    lost = k.double() - steps * x.k.transpose(1, 2)
+    mean = (
+        k[:, :, torch.arange(count, device=DEVICE) % int8.CHUNK < int8.SAMPLE].double().mean(2, keepdim=True)
+    )
+    assert ((lost - mean).abs() <= 0.5001 * steps).all()
+    # the largest value of every channel is the largest e4m3, wherever it is
+    assert (x.v.double().abs().amax((2, 4)) == 448).all()
+    # an fp32 rounding
+    assert error(x.v_step, v.double().abs().amax(2) / 448) < 1e-6
 
 
 def test_public_eight_bit_op_reaches_the_kernels() -> None:
