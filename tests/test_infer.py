@@ -156,6 +156,7 @@ def test_it_reports_every_stage_and_its_time(run: Callable) -> None:
         (["ratio=0.1"], "dense attention has no ratio: pass attention=sla"),
         (["attention=sla", "ratio=1.5"], "ratio=1.5"),
         (["attention=sla", "block_k=0"], "at least one token"),
+        (["quant=fp8"], "quant=fp8: choose none, int8 or auto"),
         (["offload=disk"], "none, stage, block"),
         (["tiling=maybe"], "true, false, auto"),
     ],

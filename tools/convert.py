@@ -23,7 +23,7 @@ from tools.options import MISSING, parse
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.detect import open_checkpoint
 from turbodiffusion.checkpoints.export import check_destination, prepare, write
-from turbodiffusion.checkpoints.metadata import KINDS, Metadata
+from turbodiffusion.checkpoints.metadata import KINDS, Metadata, Report
 from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
@@ -65,8 +65,12 @@ def convert(options: Options) -> str:
     size = sum(entry.nbytes for entry in entries.values()) / 1e9
     line = f"{report.path} ({report.format}) -> {dst} ({options.format.name})"
     line += f": {len(entries)} tensors, {size:.3f} GB"
-    if report.kind != "network" or dst.suffix != ".pth":
-        return line
+    return line + unsaid(report) if report.kind == "network" and dst.suffix == ".pth" else line
+
+
+def unsaid(report: Report) -> str:
+    """What a network's .pth can not say, in words, for who writes one."""
+    line = ""
     if report.sampling and report.sampling.student:
         line += "; a .pth can not say that it is a student's: keep TurboWan or rcm in its name"
     if (attention := report.config["attention"])["name"] != "dense":

@@ -50,7 +50,7 @@ def _summary(report: Report) -> dict[str, str]:
             "variant": report.variant
             or f"unknown: {' or '.join(report.candidates) or 'none of these sizes'}",
             "expert": report.expert or "-",
-            "INT8": "yes" if report.quantised else "no",
+            "quantised": _quantised(report),
             "attention": spoken(report.config["attention"]),
         }
     if report.config:
@@ -62,6 +62,16 @@ def _summary(report: Report) -> dict[str, str]:
     for number, deed in enumerate(report.metadata.history if report.metadata else (), 1):
         rows[f"history {number}"] = json.dumps(deed, ensure_ascii=False)
     return rows
+
+
+def _quantised(report: Report) -> str:
+    """The schemes of 8 bits, of how many linear layers, and which have none."""
+    if not report.quantised:
+        return "no"
+    kept = [layer for layer in report.linear if layer not in report.quantised]
+    schemes = " and ".join(sorted(set(report.quantised.values())))
+    line = f"{schemes}, {len(report.quantised)} of {len(report.linear)} linear layers"
+    return line + (f"; not {', '.join(kept)}" if kept else "")
 
 
 def main() -> None:

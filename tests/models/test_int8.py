@@ -82,11 +82,11 @@ def test_linear_layers_of_blocks_and_no_others_are_swapped(options: dict[str, ob
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = ["cross_attn.k_img", "cross_attn.v_img"] if "clip_tokens" in options else []
     attention = [f"{kind}.{x}" for kind in ("self_attn", "cross_attn") for x in "qkvo"]
-    layers = {f"{i}.{name}" for i in range(2) for name in (*attention, *images, "ffn.0", "ffn.2")}
+    layers = {f"blocks.{i}.{name}" for i in range(2) for name in (*attention, *images, "ffn.0", "ffn.2")}
     assert set(to_int8(model)) == layers
     after = model.state_dict()
-    changed = {f"blocks.{name}.weight" for name in layers}
-    assert after.keys() - before.keys() == {f"blocks.{name}.scale" for name in layers}
+    changed = {f"{name}.weight" for name in layers}
+    assert after.keys() - before.keys() == {f"{name}.scale" for name in layers}
     assert before.keys() <= after.keys()
     assert {name for name, tensor in after.items() if tensor.dtype == torch.int8} == changed
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in changed)

@@ -14,7 +14,7 @@ def test_matching_modules_are_replaced_by_what_is_made_of_them_and_named() -> No
     module = network()
     gelu = module[1][0]
     names = swap(
-        module, lambda child: isinstance(child, nn.Linear), lambda old: nn.Identity(old.out_features)
+        module, lambda _, child: isinstance(child, nn.Linear), lambda old: nn.Identity(old.out_features)
     )
     assert names == ["0", "1.1"]
     assert [type(child) for child in (module[0], module[1][1])] == [nn.Identity, nn.Identity]
@@ -23,9 +23,9 @@ def test_matching_modules_are_replaced_by_what_is_made_of_them_and_named() -> No
 
 def test_the_module_itself_is_not_replaced() -> None:
     module = network()
-    assert swap(module, lambda child: isinstance(child, nn.Sequential), lambda _: nn.Identity()) == ["1"]
+    assert swap(module, lambda _, child: isinstance(child, nn.Sequential), lambda _: nn.Identity()) == ["1"]
 
 
 def test_nothing_to_swap_is_an_error() -> None:
     with pytest.raises(ValueError, match="no submodule of this Sequential matches"):
-        swap(network(), lambda child: isinstance(child, nn.Conv3d), nn.Module)
+        swap(network(), lambda _, child: isinstance(child, nn.Conv3d), nn.Module)

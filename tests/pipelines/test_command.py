@@ -163,6 +163,35 @@ def test_experts_of_different_attention_are_told_what_to_do(family: Callable, tm
     assert find(replace(options, ckpt_low=low, attention="sla", ratio=0.5)).attention["ratio"] == 0.5
 
 
+def test_eight_bits_are_what_was_asked_or_what_the_file_says(family: Callable, tmp_path: Path) -> None:
+    options = family("wan_tiny").options(out=str(tmp_path / "plain.mp4"))
+    eight = str(tmp_path / "int8.safetensors")
+    loaded = checkpoints.load_network(options.ckpt, device="cpu", dtype=torch.float32, quant="int8")
+    checkpoints.save(eight, loaded.network, sampling=loaded.sampling, variant="wan_tiny")
+    for name, ckpt, quant, runs in (
+        ("plain", options.ckpt, "auto", "none"),
+        ("at load", options.ckpt, "int8", "int8"),
+        ("as said", eight, "auto", "int8"),
+        ("asked", eight, "int8", "int8"),
+        ("undone", eight, "none", "none"),
+    ):
+        generate(replace(options, ckpt=ckpt, quant=quant, out=str(tmp_path / f"{name}.mp4")))
+        assert json.loads((tmp_path / f"{name}.json").read_text())["options"]["quant"] == runs
+    made = {path.stem: path.read_bytes() for path in tmp_path.glob("*.mp4")}
+    assert made["at load"] == made["as said"] == made["asked"]
+    assert len(set(made.values())) == 3
+
+
+def test_experts_that_differ_in_bits_are_told_what_to_do(family: Callable, tmp_path: Path) -> None:
+    options = family("wan2.2_t2v_a14b").options()
+    loaded = checkpoints.load_network(options.ckpt_low, device="cpu", dtype=torch.float32, quant="int8")
+    low = str(tmp_path / "low.safetensors")
+    checkpoints.save(low, loaded.network, sampling=loaded.sampling, variant=loaded.variant.name)
+    with pytest.raises(UserError, match="one expert is quantised"):
+        find(replace(options, ckpt_low=low))
+    assert find(replace(options, ckpt_low=low, quant="int8")).quant == "int8"
+
+
 def test_two_experts_may_be_two_folders_of_one(family: Callable, tmp_path: Path) -> None:
     files = family("wan2.2_t2v_a14b").folder
     for name, file in (("high_noise_model", "network"), ("low_noise_model", "low")):
@@ -199,6 +228,17 @@ def test_the_plan_counts_the_weights_that_are_loaded(family: Callable) -> None:
         loaded = load(found.reports[name].path, device="cpu", dtype=torch.float32)
         module = loaded.network if name == "network" else loaded
         assert stages[name].weights == sum(4 * p.numel() for p in module.parameters())
+
+
+def test_the_plan_counts_eight_bits(family: Callable, tmp_path: Path) -> None:
+    options = family("wan_tiny").options(quant="int8")
+    loaded = checkpoints.load_network(options.ckpt, device="cpu", dtype=torch.float32, quant="int8")
+    checkpoints.save(tmp_path / "eight.safetensors", loaded.network, variant="wan_tiny")
+    state = loaded.network.state_dict()
+    scales = sum(tensor.nbytes for name, tensor in state.items() if name.endswith(".scale"))
+    for ckpt, uncounted in ((options.ckpt, scales), (str(tmp_path / "eight.safetensors"), 0)):
+        network = next(s for s in plan_of(replace(options, ckpt=ckpt)).stages if s.name == "network")
+        assert network.weights == sum(tensor.nbytes for tensor in state.values()) - uncounted
 
 
 def test_the_plan_grows_with_the_clip(family: Callable) -> None:

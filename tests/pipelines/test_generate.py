@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.int8 import Int8Linear
 from turbodiffusion.pipelines.found import find, load
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
 from turbodiffusion.pipelines.offload import Residence
@@ -178,7 +179,9 @@ def test_offloading_does_not_change_a_pixel_and_leaves_no_trace(
 
 @torch.no_grad()
 def test_streamed_blocks_run_elsewhere_and_come_home() -> None:
-    blocks = [torch.nn.Linear(4, 4) for _ in range(3)]  # an odd number: places must not follow the index
+    # an odd number: places must not follow the index; one in 8 bits: blocks need not be alike
+    blocks = [torch.nn.Linear(4, 4, bias=i > 0) for i in range(3)]
+    blocks[1] = Int8Linear.from_linear(blocks[1])
     model, x = torch.nn.Sequential(*blocks), torch.randn(2, 4)
     wanted, homes = model(x), [block.weight.data_ptr() for block in blocks]
     seen: list[int] = []

@@ -1,5 +1,6 @@
 """What a checkpoint is: kind, format, sizes and variant, with the reason for every conclusion."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from turbodiffusion.checkpoints import encoders, keys
 from turbodiffusion.checkpoints.metadata import Report, read_metadata
 from turbodiffusion.checkpoints.network_config import choose_variant, network_config
-from turbodiffusion.checkpoints.quantised import dequantised
+from turbodiffusion.checkpoints.quantised import INT8, dequantised, linear_layers, quantised, stored_layers
 from turbodiffusion.checkpoints.sources import DCP, Entries, open_source
 from turbodiffusion.errors import UserError
 
@@ -36,6 +37,12 @@ class Checkpoint:
     def floats(self, dtype: torch.dtype) -> Entries:
         """The tensors with INT8 weights de-quantised to `dtype`; the others as stored."""
         return dequantised(self.entries, dtype)
+
+    def in_int8(self) -> Entries:
+        """The tensors with the weights of `report.int8_layers` in our INT8, as stored or else quantised."""
+        if set(self.report.quantised.values()) == {INT8}:
+            return self.entries
+        return quantised(self.floats(torch.float32), self.report.int8_layers, INT8)
 
 
 def detect(path: str | Path, *, kind: str = "network", variant: str | None = None) -> Report:
@@ -98,23 +105,23 @@ def _recognise_network(report: Report, stored: Entries, folder_config: dict[str,
     entries = {keys.network_from_diffusers(n): e for n, e in stored.items()} if is_diffusers else stored
     entries = keys.from_turbodiffusion(entries)
     floats = dequantised(entries, torch.bfloat16)
-    # each has integers and scales in place of one weight
-    quantised = len(entries) - len(floats)
+    report.linear, report.quantised = linear_layers(floats), stored_layers(entries)
     patch = stored["patch_embedding.weight"].shape
     if report.layout == DCP:
         report.format, reason = "dcp", "the folder is a torch.distributed.checkpoint"
     elif is_diffusers:
         report.format, reason = "diffusers", "names begin with condition_embedder."
     elif len(patch) == 2:
-        report.format = "turbodiffusion" if quantised or any(map(keys.is_projection, entries)) else "rcm"
+        is_tuned = bool(report.quantised) or any(map(keys.is_projection, entries))
+        report.format = "turbodiffusion" if is_tuned else "rcm"
         reason = f"patch_embedding.weight is a matrix {patch}"
     elif report.metadata:
         reason = "our metadata"
     else:
         reason = f"original names, patch_embedding.weight is {len(patch)}-D, no metadata"
     report.reasons.append(f"{report.format}: {reason}")
-    if quantised:
-        report.quantised = True
-        report.reasons.append(f"quantised: {quantised} weights are INT8 in 128 x 128 tiles")
+    for scheme, count in Counter(report.quantised.values()).items():
+        what = "for each output channel" if scheme == INT8 else "in 128 x 128 tiles"
+        report.reasons.append(f"quantised: {count} of {len(report.linear)} linear layers are INT8 {what}")
     report.config = network_config(report, floats, folder_config)
     return entries

@@ -13,8 +13,10 @@ from torch import nn
 from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.locate import locate
 from turbodiffusion.checkpoints.metadata import Report, empty_module
+from turbodiffusion.checkpoints.quantised import INT8, NONE, settled
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.int8 import to_int8
 from turbodiffusion.models.tokenizers import ByteTokenizer, FileTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
@@ -40,19 +42,26 @@ class LoadedNetwork:
 
 
 def load_network(
-    path: str | Path, *, device: Device, dtype: torch.dtype, variant: str | None = None, ema: bool = True
+    path: str | Path,
+    *,
+    device: Device,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    ema: bool = True,
+    quant: str = NONE,
 ) -> LoadedNetwork:
     """The video transformer in any supported checkpoint; memory peaks at one copy of it plus one tensor.
 
     Norms and modulation stay fp32 whatever `dtype`.  `variant` settles what keys can not tell; `ema` takes
-    the moving average from a training checkpoint that has both.  UserError for a file that does not fit.
+    the moving average from a training checkpoint that has both; `quant` none, int8 or auto: whether its
+    linear layers are in 8 bits, which have no derivatives.  UserError for a file that does not fit.
     """
     checkpoint = open_kind(path, "network", variant=variant, ema=ema)
     report = checkpoint.report
     if report.variant is None:
         choices = ", ".join(report.candidates) or "the one whose task and channels it shares"
         raise UserError(f"{report.path} does not say its variant; pass variant= with one of {choices}")
-    network = _filled(checkpoint, device, dtype)
+    network = _filled(checkpoint, device, dtype, in_int8=settled(quant, report.quantised) == INT8)
     own = replace(named_variant(report.variant), network=network.config)
     return LoadedNetwork(network, own, report.sampling, report)
 
@@ -82,11 +91,15 @@ def load_image_encoder(path: str | Path, *, device: Device, dtype: torch.dtype) 
     return _filled(open_kind(path, "image_encoder"), device, dtype)
 
 
-def _filled(checkpoint: Checkpoint, device: Device, dtype: torch.dtype, **others: object) -> nn.Module:
+def _filled(
+    checkpoint: Checkpoint, device: Device, dtype: torch.dtype, *, in_int8: bool = False, **others: object
+) -> nn.Module:
     """The checkpoint's module; others: arguments of its class that no checkpoint has."""
     report = checkpoint.report
     module = empty_module(report, **others)
-    entries = checkpoint.floats(dtype)
+    entries = checkpoint.in_int8() if in_int8 else checkpoint.floats(dtype)
+    if in_int8:
+        to_int8(module, report.int8_layers)
     fill(module, entries, report.path, lambda name: (device, kept_dtype(report.kind, name, dtype)))
     return module
 
@@ -95,8 +108,10 @@ def fill(module: nn.Module, entries: Entries, path: Path, place: Place) -> None:
     """Give a module built on the meta device its tensors, each at its `place`; one copy, read one by one."""
     check_fit(module, entries, path)
     state = {}
-    for name in module.state_dict():
+    for name, wanted in module.state_dict().items():
         device, dtype = place(name)
+        if not wanted.is_floating_point():
+            dtype = wanted.dtype
         # a copy, since what was read may be a window on the file
         state[name] = entries[name].load().to(device, dtype, copy=True)
     module.load_state_dict(state, strict=True, assign=True)
@@ -113,7 +128,11 @@ def check_fit(module: nn.Module, entries: Entries, path: Path) -> None:
     misfits = [
         f"{name} {entry.shape} {entry.dtype} (wanted {tuple(wanted[name].shape)})"
         for name, entry in entries.items()
-        if name in wanted and (entry.shape != tuple(wanted[name].shape) or not entry.dtype.is_floating_point)
+        if name in wanted
+        and (
+            entry.shape != tuple(wanted[name].shape)
+            or entry.dtype.is_floating_point != wanted[name].is_floating_point()
+        )
     ]
     faults = {
         "missing": sorted(wanted.keys() - entries.keys()),

@@ -1,7 +1,7 @@
 """What a checkpoint is: as our safetensors say about themselves, and as it was found out."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -56,7 +56,13 @@ class Report:
     variant: str | None = None
     sampling: Sampling | None = None
     expert: str | None = None  # high or low
-    quantised: bool = False
+    linear: dict[str, int] = field(default_factory=dict)  # a network's layers to quantise, and their sizes
+    quantised: dict[str, str] = field(default_factory=dict)  # those stored in 8 bits, and their scheme
+
+    @property
+    def int8_layers(self) -> list[str]:
+        """The linear layers that have 8 bits when the network runs in 8 bits."""
+        return list(self.quantised or self.linear)
 
 
 def shape_of(report: Report, entries: Entries, name: str, axes: int = 2) -> tuple[int, ...]:

@@ -1,48 +1,156 @@
-"""INT8 weights in 128 x 128 tiles, as `-quant` checkpoints hold them, back to floats one tensor at a time."""
+"""INT8 weights of linear layers in checkpoints: which there are, to floats and from floats, one at a time.
+
+int8: ours, which networks run: a scale for each output channel, as `X.weight` int8 with `X.scale` (out,).
+tiles: that of published `-quant` files: a scale for each 128 x 128 tile, as `X.int8_weight` with `X.scale` or
+as int8 `X.weight` with `X.weight_scale_inv`.
+"""
 
 import math
+from collections.abc import Callable, Collection, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from turbodiffusion.checkpoints.keys import is_projection
 from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.int8 import quantise_rows
 
 TILE = 128
+NONE, INT8, TILES = "none", "int8", "tiles"
+QUANTS = (NONE, INT8, "auto")  # what may be asked of a network
+
+
+def quantise_tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> int8 of the same shape, scales (ceil(out / 128), ceil(in / 128)) fp32.
+
+    As published: of bf16 numbers, in 128ths of a tile's largest, which, where positive, saturates at 127.
+    """
+    rows, columns = weight.shape
+    whole = F.pad(weight.bfloat16().float(), (0, -columns % TILE, 0, -rows % TILE))
+    tiles = whole.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE))
+    largest = tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-8)
+    integers = (tiles * (128 / largest)).round_().clamp_(-128, 127).to(torch.int8)
+    return integers.view(whole.shape)[:rows, :columns].contiguous(), largest[:, 0, :, 0] / 128
+
+
+# a scheme's name for the integers, and what makes them
+_SCHEMES = {INT8: ("weight", quantise_rows), TILES: ("int8_weight", quantise_tiles)}
 
 
 def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight (out, in) int8 times its tile's scale (ceil(out / 128), ceil(in / 128)) -> fp32 (out, in)."""
+    """weight (out, in) int8 times the scale of its channel (out,) or of its tile -> fp32 (out, in)."""
+    if scale.ndim == 1:
+        return weight * scale.float().unsqueeze(1)
     rows, columns = weight.shape
     full = scale.float().repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
     return full.mul_(weight)
 
 
+def linear_layers(floats: Entries) -> dict[str, int]:
+    """The linear layers of a network's blocks -> how many weights each has."""
+    return {
+        name.removesuffix(".weight"): math.prod(entry.shape)
+        for name, entry in floats.items()
+        if name.startswith("blocks.") and name.endswith(".weight") and len(entry.shape) == 2
+        if not is_projection(name)
+    }
+
+
+def stored_layers(entries: Entries) -> dict[str, str]:
+    """The layers whose weights are stored in 8 bits -> their scheme.  UserError for a pair that is none."""
+    return {layer: INT8 if len(entries[scale].shape) == 1 else TILES for layer, _, scale in _pairs(entries)}
+
+
+def settled(asked: str, stored: dict[str, str]) -> str:
+    """none or int8: how a network runs whose file stores these layers in 8 bits; auto: as its file does.
+
+    Tiles, which have no kernel here, count as none.  Raises UserError for what is none of QUANTS.
+    """
+    if asked not in QUANTS:
+        raise UserError(f"quant={asked}: choose {', '.join(QUANTS[:-1])} or {QUANTS[-1]}")
+    is_ours = set(stored.values()) == {INT8}
+    return INT8 if asked == INT8 or (asked != NONE and is_ours) else NONE
+
+
 def dequantised(entries: Entries, dtype: torch.dtype) -> Entries:
     """The same tensors with every pair of integers and scales replaced by one `.weight` in `dtype`.
 
-    Pairs are `X.int8_weight` with `X.scale`, or an int8 `X.weight` with `X.weight_scale_inv`.  Raises
-    UserError for one without the other and for scales that do not match the tiles.
+    Raises UserError for one without the other and for scales that do not match.
     """
     plain = dict(entries)
-    for name in entries:
-        layer, _, leaf = name.rpartition(".")
-        partner = {"int8_weight": "scale", "weight_scale_inv": "weight"}.get(leaf)
-        if partner is None:
-            continue
-        if f"{layer}.{partner}" not in entries:
-            raise UserError(f"quantised layer {layer} has {leaf} but no {partner}; its file is incomplete")
-        one, other = plain.pop(name), plain.pop(f"{layer}.{partner}")
-        weight, scale = (one, other) if leaf == "int8_weight" else (other, one)
-        plain[f"{layer}.weight"] = _pair(layer, weight, scale, dtype)
+    for layer, *names in _pairs(entries):
+        weight, scale = (plain.pop(name) for name in names)
+        plain[f"{layer}.weight"] = _product(weight, scale, dtype)
     return plain
 
 
-def _pair(layer: str, weight: Entry, scale: Entry, dtype: torch.dtype) -> Entry:
-    tiles = tuple(math.ceil(size / TILE) for size in weight.shape)
-    if weight.dtype != torch.int8 or len(tiles) != 2 or scale.shape != tiles:
+def quantised(floats: Entries, layers: Collection[str], scheme: str) -> Entries:
+    """The same tensors with the weight of every one of the layers in 8 bits."""
+    eight = dict(floats)
+    leaf, quantise = _SCHEMES[scheme]
+    for layer in layers:
+        entry = eight.pop(f"{layer}.weight")
+        halves = _Halves(entry, quantise)
+        rows, columns = entry.shape
+        grid = (rows,) if scheme == INT8 else (math.ceil(rows / TILE), math.ceil(columns / TILE))
+        eight[f"{layer}.{leaf}"] = Entry(entry.shape, torch.int8, halves.integers)
+        eight[f"{layer}.scale"] = Entry(grid, torch.float32, halves.scale)
+    return eight
+
+
+def decibels(layer: str, weight: Entry, scheme: str) -> float:
+    """A layer's weight over its rounding error (SQNR).  Raises UserError for one that is not finite."""
+    exact = weight.load().float()
+    signal = exact.norm().item()
+    if not math.isfinite(signal):
         raise UserError(
-            f"quantised layer {layer} has {weight.dtype} weights {weight.shape} and scales {scale.shape}; "
-            f"wanted int8 and one scale for each 128 x 128 tile, {tiles}"
+            f"{layer} holds NaN or infinities, which have no 8-bit form: keep={layer} leaves it out"
         )
+    noise = (dequantise(*_SCHEMES[scheme][1](exact)) - exact).norm().item()
+    return 20 * math.log10(signal / noise) if noise else math.inf
+
+
+class _Halves:
+    """A weight in 8 bits: integers made anew whenever asked for, their scales, which are small, kept."""
+
+    def __init__(self, weight: Entry, quantise: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        self.weight, self.quantise = weight, quantise
+        self.kept: Tensor | None = None
+
+    def integers(self) -> Tensor:
+        integers, self.kept = self.quantise(self.weight.load())
+        return integers
+
+    def scale(self) -> Tensor:
+        if self.kept is None:
+            self.integers()
+        return self.kept
+
+
+def _pairs(entries: Entries) -> Iterator[tuple[str, str, str]]:
+    """Layer, name of the integers, name of the scales; UserError for half a pair and for what is none."""
+    for name in entries:
+        layer, _, leaf = name.rpartition(".")
+        parts = {"int8_weight": ("int8_weight", "scale"), "weight_scale_inv": ("weight", "weight_scale_inv")}
+        if leaf == "scale" and f"{layer}.int8_weight" not in entries:
+            parts[leaf] = ("weight", "scale")
+        if leaf not in parts:
+            continue
+        names = [f"{layer}.{part}" for part in parts[leaf]]
+        if missing := [part for part in names if part not in entries]:
+            raise UserError(f"quantised layer {layer} has {leaf} but no {missing[0]}; its file is incomplete")
+        weight, scale = (entries[part] for part in names)
+        tiles = tuple(math.ceil(size / TILE) for size in weight.shape)
+        wanted, each = (weight.shape[:1], "channel") if leaf == "scale" else (tiles, "128 x 128 tile")
+        if weight.dtype != torch.int8 or len(weight.shape) != 2 or scale.shape != wanted:
+            raise UserError(
+                f"quantised layer {layer} has {weight.dtype} weights {weight.shape} and scales "
+                f"{scale.shape}; wanted int8 and one scale for each {each}, {wanted}"
+            )
+        yield layer, *names
+
+
+def _product(weight: Entry, scale: Entry, dtype: torch.dtype) -> Entry:
     return Entry(weight.shape, dtype, lambda: dequantise(weight.load(), scale.load()).to(dtype))

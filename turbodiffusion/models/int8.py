@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -40,14 +42,20 @@ class Int8Linear(nn.Module):
         return f"in_features={in_features}, out_features={out_features}, gelu={self.gelu}"
 
 
-def to_int8(model: WanModel) -> list[str]:
-    """Quantise the linear layers of a network's blocks, where they are -> their names within the blocks.
+def to_int8(model: WanModel, layers: Collection[str] | None = None) -> list[str]:
+    """Quantise the linear layers of a network's blocks, or those named, where they are -> their names.
 
     These are most of its weights; embeddings, modulation, norms, the head and the linear branch of attention
     stay.  A state dict then has int8 `X.weight` and fp32 `X.scale` under the names of before.
     """
-    names = swap(model.blocks, lambda child: isinstance(child, nn.Linear), Int8Linear.from_linear)
+
+    def match(name: str, child: nn.Module) -> bool:
+        is_wanted = name.startswith("blocks.") if layers is None else name in layers
+        return is_wanted and isinstance(child, nn.Linear)
+
+    names = swap(model, match, Int8Linear.from_linear)
     for block in model.blocks:
-        block.ffn[0].gelu = True
-        block.ffn[1] = nn.Identity()
+        if isinstance(block.ffn[0], Int8Linear):
+            block.ffn[0].gelu = True
+            block.ffn[1] = nn.Identity()
     return names

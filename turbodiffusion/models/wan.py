@@ -19,7 +19,7 @@ from turbodiffusion.models.rope import rotary_table, rotate
 PATCH = (1, 2, 2)
 CLIP_DIM = 1280
 CLIP_TOKENS = 257
-FP32_NAMES = re.compile(r"(^|\.)(modulation|norm\w+\.(weight|bias)|img_emb\.proj\.[04]\.(weight|bias))$")
+FP32_NAMES = re.compile(r"(^|\.)(modulation|scale|(norm\w+|img_emb\.proj\.[04])\.(weight|bias))$")
 
 
 class SelfAttention(nn.Module):
@@ -190,7 +190,7 @@ class WanModel(nn.Module):
 
     @staticmethod
     def is_fp32(name: str) -> bool:
-        """Whether the parameter stays fp32 beside bf16 weights: norms and modulation, which cost nothing."""
+        """Whether it stays fp32 beside bf16 weights: norms, modulation, scales of 8 bits, at no cost."""
         return FP32_NAMES.search(name) is not None
 
     def set_attention(self, asked: Attention, *, drop_linear: bool = False) -> None:

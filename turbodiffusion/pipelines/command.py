@@ -49,10 +49,12 @@ def generate(options: Options) -> None:
             dtype=str(dtype).removeprefix("torch."),
             tiling=str(plan.tiled).lower(),
             attention=found.attention["name"],
+            quant=found.quant,
             **{name: found.attention.get(name) for name in ("ratio", "block_q", "block_k")},
             **{name: getattr(request.sampling, name) for name in sampled},
         )
-        title = f"{found.variant.name}, {device}, {settled.dtype}, attention {spoken(found.attention)}"
+        title = f"{found.variant.name}, {device}, {settled.dtype}, quant {found.quant}, "
+        title += f"attention {spoken(found.attention)}"
         _show_plan(console, plan, title)
         todo = _unfinished(console, request.shots) if options.prompt_file else request.shots
         if todo and not options.plan_only:

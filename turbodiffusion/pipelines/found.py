@@ -10,6 +10,7 @@ from turbodiffusion import checkpoints
 from turbodiffusion.attention import Attention, chosen, fastest, spoken
 from turbodiffusion.checkpoints import Report
 from turbodiffusion.checkpoints.metadata import empty_module
+from turbodiffusion.checkpoints.quantised import INT8, settled
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
@@ -34,6 +35,7 @@ class Found:
     variant: Variant
     sampling: Sampling
     attention: Attention
+    quant: str  # none or int8
     reports: dict[str, Report]  # by the names of Models
     tokenizer: Path | None
 
@@ -58,7 +60,7 @@ def find(options: Options) -> Found:
             raise UserError(
                 f"{high} is the low-noise expert or {low} the high-noise one: exchange ckpt= and ckpt_low=."
             )
-    attention = _attention(options, list(reports.values()))
+    attention, quant = _attention(options, list(reports.values())), _quant(options, list(reports.values()))
     names = {"vae": variant.vae, "text_encoder": variant.text_encoder}
     if report.config["clip_tokens"]:
         names["image_encoder"] = "clip_vit_h"
@@ -69,14 +71,15 @@ def find(options: Options) -> Found:
     text = reports["text_encoder"]
     if options.tokenizer or text.config["vocab"] != ByteTokenizer.vocab:
         tokenizer = checkpoints.locate("tokenizer", "umt5_xxl", text.path, given=options.tokenizer)
-    return Found(variant, report.sampling or variant.sampling, attention, reports, tokenizer)
+    return Found(variant, report.sampling or variant.sampling, attention, quant, reports, tokenizer)
 
 
 def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
     """The models, on the device."""
 
     def load_network(path: Path, **where: object) -> WanModel:
-        network = checkpoints.load_network(path, variant=found.variant.name, **where).network
+        known = {"variant": found.variant.name, "quant": found.quant}
+        network = checkpoints.load_network(path, **known, **where).network
         network.set_attention(found.attention, drop_linear=True)  # `find` has refused what was not asked for
         return network
 
@@ -104,6 +107,8 @@ def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: 
     result = []
     for name, report in found.reports.items():
         weights = sum(count // kind.itemsize * dtype.itemsize for kind, (_, count) in report.dtypes.items())
+        if name.startswith("network") and found.quant == INT8:
+            weights -= sum(report.linear[layer] for layer in report.int8_layers) * (dtype.itemsize - 1)
         # of a network two blocks of `layers`, and what is outside the blocks, about one more
         parts = max(3, config["layers"]) if name.startswith("network") else 3
         activations = work.get(name, int(ENCODER_ACTIVATIONS * weights))
@@ -148,6 +153,14 @@ def _attention(options: Options, networks: list[Report]) -> Attention:
         return first
     device, config = pick_device(options.device), networks[0].config
     return fastest(first, config["dim"] // config["heads"], device, pick_dtype(options.dtype, device))
+
+
+def _quant(options: Options, networks: list[Report]) -> str:
+    """none or int8, as asked or as the networks' files say."""
+    first, *others = (settled(options.quant, report.quantised) for report in networks)
+    if any(other != first for other in others):
+        raise UserError("one expert is quantised and the other is not: pass quant=none or quant=int8.")
+    return first
 
 
 def _variant(report: Report, *, has_low: bool) -> Variant:

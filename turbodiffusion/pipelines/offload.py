@@ -5,6 +5,7 @@ The copy in host memory stays the master: leaving the device drops the device's 
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from turbodiffusion.errors import UserError
 
 Offload = Literal["none", "stage", "block"]
+ALIGNMENT = 512
 
 
 def check_offload(name: str) -> Offload:
@@ -61,7 +63,7 @@ class Residence:
 
 
 class BlockStream:
-    """Streams units, all alike, which run in the given order again and again, through the device.
+    """Streams units, which run in the given order again and again, through the device.
 
     They take turns in two places there: one holds the unit that runs, the other receives the next.  Host
     copies are pinned where the device can copy on its own.
@@ -74,7 +76,11 @@ class BlockStream:
         self.side = self.backend.Stream(device=device) if self.is_async else None
         self.home = [[(tensor, self._pinned(tensor)) for tensor in _tensors(unit)] for unit in units]
         # fixed places, not fresh allocations: those would grow as far as the host runs ahead of the device
-        self.places = [[torch.empty_like(host, device=device) for _, host in self.home[0]] for _ in range(2)]
+        hosts = [[host for _, host in home] for home in self.home]
+        size = max(_offsets(unit)[-1] for unit in hosts)
+        memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        # views for each unit: not all need have the same layers in 8 bits
+        self.places = [[_carved(whole, unit) for unit in hosts] for whole in memory]
         self.turn = 0
         self.arriving: int | None = None
         self.hooks = []
@@ -103,14 +109,14 @@ class BlockStream:
         if self.is_async:
             self.side.wait_stream(self.backend.current_stream(self.device))
         with self.backend.stream(self.side) if self.is_async else nullcontext():
-            for place, (_, host) in zip(self.places[1 - self.turn], self.home[i], strict=True):
+            for place, (_, host) in zip(self.places[1 - self.turn][i], self.home[i], strict=True):
                 place.copy_(host, non_blocking=True)
 
     def _enter(self, i: int) -> None:
         if self.arriving != i:
             self._fetch(i)
         self.turn = 1 - self.turn
-        _point(zip((tensor for tensor, _ in self.home[i]), self.places[self.turn], strict=True))
+        _point(zip((tensor for tensor, _ in self.home[i]), self.places[self.turn][i], strict=True))
         if self.is_async:
             self.backend.current_stream(self.device).wait_stream(self.side)
         # nothing of this unit is queued yet: the copy waits for the one before it, and runs beside this one
@@ -119,6 +125,17 @@ class BlockStream:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def _offsets(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each begins when they lie one after another, aligned as an allocator's, and where they end."""
+    return list(accumulate((tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors), initial=0))
+
+
+def _carved(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Places for such tensors in one piece of memory (bytes,) uint8."""
+    starts = zip(_offsets(like), like, strict=False)  # the last offset is the end
+    return [memory[start : start + each.nbytes].view(each.dtype).view(each.shape) for start, each in starts]
 
 
 def _point(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

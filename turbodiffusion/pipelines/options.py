@@ -41,6 +41,7 @@ class Options:
     block_q: int | None = MISSING
     block_k: int | None = MISSING
     drop_linear: bool = MISSING
+    quant: str = MISSING
     offload: str = MISSING
     tiling: str = MISSING
     plan_only: bool = MISSING

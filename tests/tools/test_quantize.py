@@ -1,0 +1,154 @@
+"""The command that puts checkpoints in 8 bits, run as its users run it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tools import convert, inspect, quantize
+from turbodiffusion.checkpoints import detect, load_network, save
+from turbodiffusion.models.wan import WanModel
+from turbodiffusion.variants import variants
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL_WORLD = ROOT / "assets" / "wan_tiny.safetensors"
+LAYERS = {f"{kind}_attn.{x}" for kind in ("self", "cross") for x in "qkvo"} | {"ffn.0", "ffn.2"}
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WanModel:
+    """A network of two blocks, one of whose layers has an outlier; it is a.safetensors, where we are."""
+    monkeypatch.chdir(tmp_path)
+    model = WanModel(dim=128, ffn_dim=192, heads=1, layers=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+        parameter.data = parameter.data.bfloat16().float()
+    model.blocks[1].ffn[2].weight.data[:, 0] = 50
+    row = variants()["wan2.1_t2v_1.3b"]
+    save("a.safetensors", model, sampling=row.sampling.as_student(80.0), variant=row.name, history=[{"a": 1}])
+    return model
+
+
+def state(path: str, quant: str = "auto", variant: str | None = None) -> dict[str, torch.Tensor]:
+    loaded = load_network(path, device="cpu", dtype=torch.float32, quant=quant, variant=variant)
+    return loaded.network.state_dict()
+
+
+def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_quantised_file_has_the_numbers_of_quantising_at_load(network: WanModel, run: Run) -> None:
+    code, said = run(quantize, "src=a.safetensors", "dst=b.safetensors")
+    assert code == 0, said
+    assert all(f" {layer} " in said for layer in LAYERS)
+    assert "20 of 20 linear layers" in said
+    assert is_same(state("b.safetensors"), state("a.safetensors", "int8"))
+    one, other = detect("a.safetensors"), detect("b.safetensors")
+    assert (other.sampling, other.variant, other.config) == (one.sampling, one.variant, one.config)
+    deed = {"quantised": "a.safetensors", "from": "ours", "quant": "int8", "kept": []}
+    assert list(other.metadata.history) == [{"a": 1}, deed]
+    assert "int8, 20 of 20 linear layers" in " ".join(run(inspect, "ckpt=b.safetensors")[1].split())
+
+
+def test_layers_are_kept_by_budget_and_by_name(network: WanModel, run: Run) -> None:
+    words = ("src=a.safetensors", "dst=b.safetensors", "budget=35", "keep=[blocks.0.ffn, self_attn.q]")
+    code, said = run(quantize, *words)
+    assert code == 0, said
+    # normal numbers in rows of 128 end near 2.9: 127 sqrt(12) / 2.9, 44 dB.  Those of the last ffn.2 have 50
+    # beside them, a step of 50 / 127: 10 log10((50^2 + 191) / 192 * 12 / step^2), 30 dB
+    kept = {"blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.0.self_attn.q", "blocks.1.self_attn.q"}
+    kept.add("blocks.1.ffn.2")
+    deed = detect("b.safetensors").metadata.history[-1]
+    assert deed["kept"] == sorted(kept)
+    stored = load_file("b.safetensors")
+    assert {name for name in LAYERS_OF_BLOCKS if stored[f"{name}.weight"].dtype != torch.int8} == kept
+    assert all(torch.equal(stored[f"{name}.weight"], network.state_dict()[f"{name}.weight"]) for name in kept)
+    assert not any(f"{name}.scale" in stored for name in kept)
+
+
+LAYERS_OF_BLOCKS = {f"blocks.{block}.{layer}" for block in range(2) for layer in LAYERS}
+
+
+def test_the_published_form_has_its_names_and_shapes(network: WanModel, run: Run) -> None:
+    words = ("src=a.safetensors", "dst=turbowan-quant.pth", "format=turbodiffusion")
+    code, said = run(quantize, *words)
+    assert code == 0, said
+    assert "can not say that it is a student's" in said
+    stored = torch.load("turbowan-quant.pth", weights_only=True)
+    weight, scale = (stored.pop(f"blocks.0.ffn.0.{leaf}") for leaf in ("int8_weight", "scale"))
+    assert (weight.shape, weight.dtype, scale.shape, scale.dtype) == (
+        (192, 128),
+        torch.int8,
+        (2, 1),
+        torch.float32,
+    )
+    assert "blocks.0.ffn.0.weight" not in stored
+    assert stored["patch_embedding.weight"].shape == (128, 64)
+    variant = "wan2.1_t2v_1.3b"
+    report = detect("turbowan-quant.pth", variant=variant)
+    assert (report.format, set(report.quantised.values())) == ("turbodiffusion", {"tiles"})
+    # quantised once more at load or by the tool: the same
+    code, said = run(quantize, "src=turbowan-quant.pth", "dst=c.safetensors", f"variant={variant}")
+    assert code == 0, said
+    assert is_same(state("c.safetensors"), state("turbowan-quant.pth", "int8", variant))
+
+
+def test_converting_undoes_eight_bits(network: WanModel, run: Run) -> None:
+    assert run(quantize, "src=a.safetensors", "dst=b.safetensors")[0] == 0
+    assert run(convert, "src=b.safetensors", "dst=c.safetensors", "dtype=float32")[0] == 0
+    assert not detect("c.safetensors").quantised
+    assert is_same(state("c.safetensors"), state("b.safetensors", "none"))
+
+
+def test_the_small_worlds_model_is_nearly_what_it_was(run: Run, tmp_path: Path) -> None:
+    words = (f"src={SMALL_WORLD}", f"dst={tmp_path / 'b.safetensors'}", "steps=2", "device=cpu")
+    code, said = run(quantize, *words)
+    assert code == 0, said
+    found = re.search(r"relative error ([\de.-]+), PSNR ([\d.]+) dB", said)
+    # 40 layers whose weights and tokens are off by 1e-2 each, on branches of one stream: 6e-2 of a velocity
+    # at most, which guidance of 2.5 takes sqrt(2.5^2 + 1.5^2) times, 3 times; and no less than one layer's
+    assert 1e-3 < float(found[1]) < 0.19
+    assert float(found[2]) > -20 * torch.tensor(0.19).log10()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dst=b.pth"], "format=int8 writes a .safetensors file"),
+        (["format=turbodiffusion"], "format=turbodiffusion writes a .pth file"),
+        (["format=fp8"], "expected one of [int8, turbodiffusion]"),
+        (["dst=a.safetensors"], "a.safetensors exists; pass overwrite=true"),
+        (["src=nowhere"], "checkpoint nowhere does not exist"),
+        ([f"src={ROOT / 'assets' / 'vae_tiny.safetensors'}"], "holds vae weights; wanted network weights"),
+        (["src=int8.safetensors"], "is quantised in this way already"),
+        (["budget=200"], "every layer would stay as it is"),
+        (["budget=low"], "budget=low is not understood"),
+        (["keep=ffn.1"], "keep=ffn.1 is no layer of this network: name blocks, such as blocks.0, or"),
+        (["src=nan.safetensors"], "blocks.1.ffn.2 holds NaN or infinities"),
+        (["prompts=nowhere.txt"], "nowhere.txt does not exist"),
+        (["prompts=prompts.txt"], "no vae wan2.1: looked for"),
+        (["prompts=prompts.txt", "src=i2v.safetensors"], "from text, which wan2.2_i2v_a14b does not"),
+    ],
+)
+def test_what_can_not_be_is_one_sentence_and_writes_nothing(
+    words: list[str], said: str, network: WanModel, run: Run, tmp_path: Path
+) -> None:
+    Path("prompts.txt").write_text("a cat\n")
+    assert run(quantize, "src=a.safetensors", "dst=int8.safetensors")[0] == 0
+    network.blocks[1].ffn[2].weight.data[3, 3] = torch.nan
+    save("nan.safetensors", network, variant="wan2.1_t2v_1.3b")
+    i2v = WanModel(dim=128, ffn_dim=64, heads=1, layers=1, in_channels=36)
+    save("i2v.safetensors", i2v, variant="wan2.2_i2v_a14b")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code, printed = run(quantize, "src=a.safetensors", "dst=b.safetensors", *words)
+    assert code == 2
+    assert said in printed
+    # nothing but the table of layers stands before it
+    assert "\n" not in printed.rsplit("\n", 2)[1]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
