@@ -32,7 +32,7 @@ from turbodiffusion.checkpoints import Report, load_network, load_text_encoder, 
 from turbodiffusion.checkpoints.detect import open_kind
 from turbodiffusion.checkpoints.export import prepare
 from turbodiffusion.checkpoints.keys import take_number
-from turbodiffusion.checkpoints.quantised import INT8, TILES, decibels, quantised
+from turbodiffusion.checkpoints.quantised import INT8, TILES, EightBits
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline, Watch
@@ -82,9 +82,10 @@ def quantize(options: Options, console: Console) -> None:
         raise UserError(f"{report.path} is quantised in this way already; give the file it was made from")
     kept = kept_by_name(options.keep, list(report.linear))
     comparison = Comparison(options, report)
-    weights = {layer: checkpoint.floats(torch.float32)[f"{layer}.weight"] for layer in report.linear}
-    shown = track(weights.items(), "measuring", console=Console(stderr=True), transient=True)
-    measured = {layer: decibels(layer, weight, scheme) for layer, weight in shown}
+    floats = checkpoint.floats(torch.float32)
+    eight = {layer: EightBits(layer, floats[f"{layer}.weight"], scheme) for layer in report.linear}
+    shown = track(eight.items(), "measuring", console=Console(stderr=True), transient=True)
+    measured = {layer: weight.decibels() for layer, weight in shown}
     kept |= {layer for layer, quality in measured.items() if quality < options.budget}
     chosen = [layer for layer in measured if layer not in kept]
     console.print(layer_table(measured, kept))
@@ -94,8 +95,10 @@ def quantize(options: Options, console: Console) -> None:
         )
     deed = {"quantised": report.path.name, "from": report.format, "quant": scheme, "kept": sorted(kept)}
     entries, metadata = prepare(checkpoint, None, deed)
-    eight = {f"{layer}.weight": weights[layer] for layer in chosen}
-    write_shown(quantised(entries | eight, chosen, scheme), metadata, dst, format)
+    for layer in chosen:
+        del entries[f"{layer}.weight"]
+        entries |= eight[layer].entries()
+    write_shown(entries, metadata, dst, format)
     size = dst.stat().st_size / 1e9
     line = f"{report.path} -> {dst} ({scheme}): {len(chosen)} of {len(measured)} linear layers, {size:.3f} GB"
     console.print(line + (unsaid(report) if format == "turbodiffusion" else ""), soft_wrap=True)

@@ -7,7 +7,7 @@ import torch
 from turbodiffusion.checkpoints.quantised import (
     INT8,
     TILES,
-    decibels,
+    EightBits,
     dequantise,
     dequantised,
     linear_layers,
@@ -155,7 +155,7 @@ def test_weights_are_let_go_and_scales_are_found_once() -> None:
 def test_decibels_are_those_of_evenly_spread_errors(scheme: str) -> None:
     # bf16, so that tiles do not round first
     weight = torch.randn(512, 512).bfloat16()
-    got = decibels("a", Entry.of(weight), scheme)
+    got = EightBits("a", Entry.of(weight), scheme).decibels()
     blocks = weight.double().unsqueeze(1) if scheme == INT8 else torch.stack(tiles_of(weight.double()))
     step = blocks.abs().amax((1, 2)) / (127 if scheme == INT8 else 128)
     # rounding to a step adds a variance of its square / 12; of 2^18 errors that is known to 0.02 dB, thrice
@@ -165,10 +165,10 @@ def test_decibels_are_those_of_evenly_spread_errors(scheme: str) -> None:
 
 
 def test_a_weight_of_zeros_has_no_error_and_one_of_nan_no_eight_bits() -> None:
-    assert decibels("a", Entry.of(torch.zeros(3, 4)), INT8) == math.inf
+    assert EightBits("a", Entry.of(torch.zeros(3, 4)), INT8).decibels() == math.inf
     for value in (math.nan, math.inf):
         with pytest.raises(UserError, match="layer a holds NaN or infinities"):
-            decibels("layer a", Entry.of(torch.full((3, 4), value)), INT8)
+            EightBits("layer a", Entry.of(torch.full((3, 4), value)), INT8).decibels()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ as int8 `X.weight` with `X.weight_scale_inv`.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,12 @@ def quantise_tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
     return integers.view(whole.shape)[:rows, :columns].contiguous(), largest[:, 0, :, 0] / 128
 
 
+# the leaf that gives a pair away -> integers and scales
+_PARTS = {
+    "scale": ("weight", "scale"),
+    "int8_weight": ("int8_weight", "scale"),
+    "weight_scale_inv": ("weight", "weight_scale_inv"),
+}
 # a scheme's name for the integers, and what makes them
 _SCHEMES = {INT8: ("weight", quantise_rows), TILES: ("int8_weight", quantise_tiles)}
 
@@ -89,56 +95,56 @@ def dequantised(entries: Entries, dtype: torch.dtype) -> Entries:
 def quantised(floats: Entries, layers: Collection[str], scheme: str) -> Entries:
     """The same tensors with the weight of every one of the layers in 8 bits."""
     eight = dict(floats)
-    leaf, quantise = _SCHEMES[scheme]
     for layer in layers:
-        entry = eight.pop(f"{layer}.weight")
-        halves = _Halves(entry, quantise)
-        rows, columns = entry.shape
-        grid = (rows,) if scheme == INT8 else (math.ceil(rows / TILE), math.ceil(columns / TILE))
-        eight[f"{layer}.{leaf}"] = Entry(entry.shape, torch.int8, halves.integers)
-        eight[f"{layer}.scale"] = Entry(grid, torch.float32, halves.scale)
+        eight |= EightBits(layer, eight.pop(f"{layer}.weight"), scheme).entries()
     return eight
 
 
-def decibels(layer: str, weight: Entry, scheme: str) -> float:
-    """A layer's weight over its rounding error (SQNR).  Raises UserError for one that is not finite."""
-    exact = weight.load().float()
-    signal = exact.norm().item()
-    if not math.isfinite(signal):
-        raise UserError(
-            f"{layer} holds NaN or infinities, which have no 8-bit form: keep={layer} leaves it out"
-        )
-    noise = (dequantise(*_SCHEMES[scheme][1](exact)) - exact).norm().item()
-    return 20 * math.log10(signal / noise) if noise else math.inf
+class EightBits:
+    """A layer's weight in a scheme of 8 bits: its integers made anew whenever asked for, its scales once."""
 
+    def __init__(self, layer: str, weight: Entry, scheme: str):
+        self.layer, self.weight = layer, weight
+        self.leaf, self.quantise = _SCHEMES[scheme]
+        rows, columns = weight.shape
+        self.grid = (rows,) if scheme == INT8 else (math.ceil(rows / TILE), math.ceil(columns / TILE))
+        self._scale: Tensor | None = None
 
-class _Halves:
-    """A weight in 8 bits: integers made anew whenever asked for, their scales, which are small, kept."""
+    def entries(self) -> Entries:
+        """The integers and their scales, under the scheme's names."""
+        return {
+            f"{self.layer}.{self.leaf}": Entry(self.weight.shape, torch.int8, self._load_integers),
+            f"{self.layer}.scale": Entry(self.grid, torch.float32, self._load_scale),
+        }
 
-    def __init__(self, weight: Entry, quantise: Callable[[Tensor], tuple[Tensor, Tensor]]):
-        self.weight, self.quantise = weight, quantise
-        self.kept: Tensor | None = None
+    def decibels(self) -> float:
+        """The weight over its rounding error (SQNR).  Raises UserError for one that is not finite."""
+        exact = self.weight.load().float()
+        signal = exact.norm().item()
+        if not math.isfinite(signal):
+            raise UserError(
+                f"{self.layer} holds NaN or infinities, which have no 8-bit form: mend the checkpoint"
+            )
+        noise = (dequantise(self._load_integers(), self._load_scale()) - exact).norm().item()
+        return 20 * math.log10(signal / noise) if noise else math.inf
 
-    def integers(self) -> Tensor:
-        integers, self.kept = self.quantise(self.weight.load())
+    def _load_integers(self) -> Tensor:
+        integers, self._scale = self.quantise(self.weight.load())
         return integers
 
-    def scale(self) -> Tensor:
-        if self.kept is None:
-            self.integers()
-        return self.kept
+    def _load_scale(self) -> Tensor:
+        if self._scale is None:
+            self._load_integers()
+        return self._scale
 
 
 def _pairs(entries: Entries) -> Iterator[tuple[str, str, str]]:
     """Layer, name of the integers, name of the scales; UserError for half a pair and for what is none."""
     for name in entries:
         layer, _, leaf = name.rpartition(".")
-        parts = {"int8_weight": ("int8_weight", "scale"), "weight_scale_inv": ("weight", "weight_scale_inv")}
-        if leaf == "scale" and f"{layer}.int8_weight" not in entries:
-            parts[leaf] = ("weight", "scale")
-        if leaf not in parts:
+        if leaf not in _PARTS or (leaf == "scale" and f"{layer}.int8_weight" in entries):
             continue
-        names = [f"{layer}.{part}" for part in parts[leaf]]
+        names = [f"{layer}.{part}" for part in _PARTS[leaf]]
         if missing := [part for part in names if part not in entries]:
             raise UserError(f"quantised layer {layer} has {leaf} but no {missing[0]}; its file is incomplete")
         weight, scale = (entries[part] for part in names)
