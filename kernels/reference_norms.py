@@ -29,7 +29,12 @@ def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # on a GPU the tangent of a bf16 norm would come out in fp32 by itself
     y = x if unpack_dual(x).tangent is None else widen(x)
     y = F.rms_norm(y, weight.shape, weight.to(y.dtype), EPS).to(x.dtype)
-    a, b = y.unflatten(-1, (-1, cos.shape[-1], 2)).unbind(-1)
+    return rotate(y.unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (2j, 2j + 1) of x (B, L, N, D) by the table's angles; fp32 inside, x's dtype out."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from turbodiffusion.models.rope import rotary_table, rotate
+from kernels.reference_norms import rotate
+from turbodiffusion.models.rope import rotary_table
 
 
 def test_rotation_equals_complex_multiplication_in_fp64() -> None:

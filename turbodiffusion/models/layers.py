@@ -35,16 +35,6 @@ def _widened(x: Tensor) -> Tensor:
     return x if unpack_dual(x).tangent is None else x.float()
 
 
-def normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm without weights over the last axis; PyTorch accumulates in fp32 whatever x's dtype."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normalize(x) * (1 + scale) + shift, in fp32.  x (B, L, E); shift, scale (B, 1 or L, E) fp32 -> fp32."""
-    return torch.addcmul(shift, normalize(x).float(), 1 + scale)
-
-
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer applied in fp32, whatever dtype its weights are stored in."""
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())

@@ -34,9 +34,3 @@ def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device
 def _frequencies(width: int, device: torch.device) -> Tensor:
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
     return THETA**-exponents
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (2j, 2j + 1) of x (B, L, N, D) by the table's angles; fp32 inside, x's dtype out."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.norms import add_gated, norm_modulate, norm_rotate
 from turbodiffusion.attention import DENSE, Attention, DenseAttention, chosen, make_core
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.layers import LayerNorm, RMSNorm, linear_fp32, modulate, sinusoids
-from turbodiffusion.models.rope import rotary_table, rotate
+from turbodiffusion.models.layers import LayerNorm, RMSNorm, linear_fp32, sinusoids
+from turbodiffusion.models.rope import rotary_table
 
 PATCH = (1, 2, 2)
 CLIP_DIM = 1280
@@ -33,9 +34,9 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
-        q, k = rotate(q, *table), rotate(k, *table)
+        q = norm_rotate(self.q(x), self.norm_q.weight, *table)
+        k = norm_rotate(self.k(x), self.norm_k.weight, *table)
+        v = self.v(x).unflatten(-1, (self.heads, -1))
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o(rearrange(out, "b n l d -> b l (n d)"))
 
@@ -89,11 +90,11 @@ class Block(nn.Module):
         def signal(i: int) -> Tensor:  # one at a time: with per-token times each is as large as fp32 tokens
             return self.modulation[:, i].float() + time[:, :, i]
 
-        h = modulate(x, shift=signal(0), scale=signal(1)).to(x.dtype)
-        x = torch.addcmul(x, self.self_attn(h, table), signal(2).to(x.dtype))
+        h = norm_modulate(x, shift=signal(0), scale=signal(1))
+        x = add_gated(x, self.self_attn(h, table), signal(2))
         x = x + self.cross_attn(self.norm3(x), text, image)
-        h = modulate(x, shift=signal(3), scale=signal(4)).to(x.dtype)
-        return torch.addcmul(x, self.ffn(h), signal(5).to(x.dtype))
+        h = norm_modulate(x, shift=signal(3), scale=signal(4))
+        return add_gated(x, self.ffn(h), signal(5))
 
 
 class Head(nn.Module):
@@ -106,7 +107,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, i].float() + time for i in range(2))
-        return linear_fp32(self.head, modulate(x, shift, scale))
+        return linear_fp32(self.head, norm_modulate(x.float(), shift, scale))
 
 
 class ImageEmbedding(nn.Module):
