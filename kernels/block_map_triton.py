@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # one compilation for every length, 1 included
 LENGTHS = ("L", "S", "N", "Q", "K", "kept")
 # tokens that a program of mean_kernel holds at once; blocks of a tile of scores, and channels of its steps
-TOKENS, TILE, CHANNELS = 64, 64, 32
+TOKENS, TILE, CHANNELS = 32, 64, 32
 # scores that a warp of select_kernel holds: 64 registers a thread
 SCORES_OF_A_WARP = 2048
 
@@ -33,14 +33,15 @@ def _store_mean(
     x_ptr += head_start(head, length, N, D)
     first = block * SIZE
     end = tl.minimum(first + SIZE, length)
-    total = tl.zeros([D], tl.float32)
-    for start in range(first, end, TOKENS):
-        x = load_rows(x_ptr, start, end, N * D, D, TOKENS).to(tl.float32)
+    total = tl.zeros([TOKENS, D], tl.float32)
+    # unrolled: the loads of all parts are on their way at once
+    for part in tl.static_range(0, SIZE, TOKENS):
+        x = load_rows(x_ptr, first + part, end, N * D, D, TOKENS).to(tl.float32)
         if SHIFT:
             shift = tl.load(x_ptr + channel).to(tl.float32)
-            x = tl.where((start + tl.arange(0, TOKENS) < end)[:, None], x - shift[None, :], 0.0)
-        total += tl.sum(x, 0)
-    mean = tl.math.div_rn(total, (end - first).to(tl.float32))
+            x = tl.where((first + part + tl.arange(0, TOKENS) < end)[:, None], x - shift[None, :], 0.0)
+        total += x
+    mean = tl.sum(total, 0) * tl.math.div_rn(1.0, (end - first).to(tl.float32))
     tl.store(mean_ptr + (head * blocks + block) * D + channel, mean)
 
 
@@ -63,7 +64,10 @@ def mean_kernel(
 def score_kernel(
     mean_q_ptr, mean_k_ptr, score_ptr, Q, K, D: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Products of the means (B, N, Q, K), a tile of one head a program, to the precision of fp32."""
+    """Products of the means (B, N, Q, K), a tile of one head a program, to the precision of fp32.
+
+    Rows are filled up to whole tiles.
+    """
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
     key = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     head = tl.program_id(2).to(tl.int64)
@@ -77,35 +81,59 @@ def score_kernel(
         # three products of tensor cores, without which fp32 is slow
         score = tl.dot(q, k.T, score, input_precision="tf32x3")
     key = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(score_ptr + head * Q * K + row * K + key, score, mask=(row < Q) & (key < K))
+    tl.store(score_ptr + (head * Q + row) * (tl.cdiv(K, TILE) * TILE) + key, score, mask=row < Q)
+
+
+@triton.jit
+def _as_rank(score):
+    """Integers in the order of the numbers."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _as_score(rank):
+    """The opposite of _as_rank."""
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def select_kernel(score_ptr, index_ptr, K, kept, WIDTH: tl.constexpr):
-    """The `kept` best of one row of K <= WIDTH scores, ascending; of equal ones the lower index."""
+def select_kernel(score_ptr, index_ptr, K, kept, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The `kept` best of one row of K <= WIDTH scores, ascending; of equal ones the lower index.
+
+    Rows are filled up to whole tiles.
+    """
     row = tl.program_id(0).to(tl.int64)
     key = tl.arange(0, WIDTH)
-    score = tl.load(score_ptr + row * K + key, mask=key < K, other=0.0)
-    # integers in the order of the numbers: -0 is 0, NaN comes first, and what is absent comes last
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    rank = tl.minimum(bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFE)
+    pitch = tl.cdiv(K, TILE) * TILE
+    score = tl.load(score_ptr + row * pitch + key, mask=key < pitch, other=0.0)
+    # with 0 added -0 is 0; NaN comes first, and what is absent comes last
+    rank = tl.minimum(_as_rank(score + 0.0), 0x7FFFFFFE)
+    low = tl.min(tl.where(key < K, rank, 0x7FFFFFFE), 0)
     rank = tl.where(key < K, rank, -0x80000000)
+    high = tl.max(rank, 0) + 1
     # at least `kept` ranks reach low, and fewer reach high
-    low = tl.full([], -0x80000000, tl.int32)
-    high = tl.full([], 0x7FFFFFFF, tl.int32)
-    count = tl.full([], WIDTH, tl.int32)
+    count = K
     while (count != kept) & (low + 1 < high):
-        middle = (low & high) + ((low ^ high) >> 1)  # halfway, without overflow
+        # halfway between the numbers, which takes fewer steps than between their ranks; but there, without
+        # overflow, where a number is infinite or none
+        ends = 0.5 * _as_score(low) + 0.5 * _as_score(high)
+        between = (low & high) + ((low ^ high) >> 1)
+        middle = tl.where(tl.abs(ends) < float("inf"), _as_rank(ends), between)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         reach = tl.sum((rank >= middle).to(tl.int32), 0)
         if reach >= kept:
             low, count = middle, reach
         else:
             high = middle
-    above = rank >= high
-    level = (rank >= low) & ~above
-    missing = kept - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 0) <= missing))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    if count != kept:
+        # too many: of those at low the first are taken
+        level = rank == low
+        missing = kept - tl.sum((rank > low).to(tl.int32), 0)
+        rank = tl.where(level & (tl.cumsum(level.to(tl.int32), 0) > missing), -0x80000000, rank)
+    chosen = rank >= low
+    # no cast: the compiler would sum in the layout of the store, which takes twice as many steps
+    place = tl.cumsum(tl.where(chosen, 1, 0), 0) - 1
     tl.store(index_ptr + row * kept + place, key, mask=chosen)
 
 
@@ -121,7 +149,8 @@ def block_map(q: Tensor, k: Tensor, *, block_q: int, block_k: int, ratio: float)
     Q, K = triton.cdiv(L, block_q), triton.cdiv(S, block_k)
     kept = kept_blocks(ratio, K)
     mean_q, mean_k, scores = (
-        torch.empty(B, N, *size, dtype=torch.float32, device=q.device) for size in ((Q, D), (K, D), (Q, K))
+        torch.empty(B, N, *size, dtype=torch.float32, device=q.device)
+        for size in ((Q, D), (K, D), (Q, triton.cdiv(K, TILE) * TILE))
     )
     index = torch.empty(B, N, Q, kept, dtype=torch.int32, device=q.device)
     width = triton.next_power_of_2(K)
@@ -132,5 +161,5 @@ def block_map(q: Tensor, k: Tensor, *, block_q: int, block_k: int, ratio: float)
         grid = (triton.cdiv(Q, TILE), triton.cdiv(K, TILE), B * N)
         score_kernel[grid](mean_q, mean_k, scores, Q, K, D=D, TILE=TILE, CHANNELS=min(D, CHANNELS))
         warps = max(1, width // SCORES_OF_A_WARP)
-        select_kernel[(B * N * Q,)](scores, index, K, kept, WIDTH=width, num_warps=warps)
+        select_kernel[(B * N * Q,)](scores, index, K, kept, WIDTH=width, TILE=TILE, num_warps=warps)
     return index

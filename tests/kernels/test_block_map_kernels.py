@@ -76,19 +76,22 @@ def test_a_large_mean_of_the_keys_does_not_hide_their_differences() -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 12, 1182, 2048, 5000])
 def test_the_best_of_a_row(blocks: int, kept: int) -> None:
     kept = min(kept, blocks)
-    rows = torch.randn(6, blocks)
+    rows = torch.randn(7, blocks)
     rows[1] = rows[1].round()  # many are equal
     rows[2] = 1.5  # all are
     rows[3] = torch.where(rows[3] > 0, 0.0, -0.0)  # so are these
     rows[4, ::3], rows[4, 1::3] = torch.inf, -torch.inf
-    rows[5, ::2] = -torch.nan
-    index = torch.empty(6, kept, dtype=torch.int32, device=DEVICE)
-    width = 1 << (blocks - 1).bit_length()
-    block_map_triton.select_kernel[(6,)](rows.to(DEVICE), index, blocks, kept, WIDTH=width, num_warps=4)
+    rows[5] *= 10 ** torch.empty(blocks).uniform_(-45, 38)
+    rows[6, ::2] = -torch.nan
+    index = torch.empty(7, kept, dtype=torch.int32, device=DEVICE)
+    options = {"WIDTH": 1 << (blocks - 1).bit_length(), "TILE": 16, "num_warps": 4}
+    # filled up with what would come first
+    filled = torch.nn.functional.pad(rows, (0, -blocks % 16), value=torch.inf).to(DEVICE)
+    block_map_triton.select_kernel[(7,)](filled, index, blocks, kept, **options)
     # NaN may come first or last, but once
-    rank = np.nan_to_num(-rows[:5].numpy(), neginf=-np.inf, posinf=np.inf).argsort(axis=1, kind="stable")
-    np.testing.assert_array_equal(index[:5].cpu(), np.sort(rank[:, :kept], axis=1))
-    last = index[5].cpu()
+    rank = np.nan_to_num(-rows[:6].numpy(), neginf=-np.inf, posinf=np.inf).argsort(axis=1, kind="stable")
+    np.testing.assert_array_equal(index[:6].cpu(), np.sort(rank[:, :kept], axis=1))
+    last = index[6].cpu()
     assert (last.diff() > 0).all()
     assert 0 <= last.min() <= last.max() < blocks
 

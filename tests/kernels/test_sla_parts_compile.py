@@ -21,8 +21,8 @@ WALKS = {kind: getattr(linear, f"{kind}_kernel") for kind in linear.TILES}
 KERNELS = {
     "means": (block_map.mean_kernel, MEAN),
     "scores": (block_map.score_kernel, SCORE),
-    "select 512": (block_map.select_kernel, {"WIDTH": 512, "num_warps": 1}),
-    "select 2048": (block_map.select_kernel, {"WIDTH": 2048, "num_warps": 1}),
+    "select 512": (block_map.select_kernel, {"WIDTH": 512, "TILE": block_map.TILE, "num_warps": 1}),
+    "select 2048": (block_map.select_kernel, {"WIDTH": 2048, "TILE": block_map.TILE, "num_warps": 1}),
     "fold": (linear.fold_kernel, FOLD | {"FORWARD": True}),
     "fold gradients": (linear.fold_kernel, FOLD | {"FORWARD": False}),
 }
