@@ -80,12 +80,13 @@ def statistics_kernel(
     off = head_start(head, S, N, D)
     place = (tl.program_id(1) * tl.num_programs(0) + head) * D + tl.arange(0, D)
     total = tl.zeros([ROWS, D], tl.float32)
-    for start in range(first, first + taken, ROWS):
+    # stages are said, as loads that no product takes would else not be started ahead of their turn
+    for start in tl.range(first, first + taken, ROWS, num_stages=4):
         total += load_rows(k_ptr + off, start, S, N * D, D, ROWS).to(tl.float32)
     tl.store(sum_ptr + place, tl.sum(total, 0))
     if v_ptr is not None:
         largest = tl.zeros([ROWS, D], tl.float32)
-        for start in tl.range(first, first + CHUNK, ROWS, loop_unroll_factor=2):
+        for start in tl.range(first, first + CHUNK, ROWS, num_stages=4):
             v = load_rows(v_ptr + off, start, S, N * D, D, ROWS)
             largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
         tl.store(max_ptr + place, tl.max(largest, 0))
