@@ -32,6 +32,7 @@ from turbodiffusion.checkpoints import Report, load_network, load_text_encoder, 
 from turbodiffusion.checkpoints.detect import open_kind
 from turbodiffusion.checkpoints.export import prepare
 from turbodiffusion.checkpoints.keys import take_number
+from turbodiffusion.checkpoints.loading import known_variant
 from turbodiffusion.checkpoints.quantised import INT8, TILES, EightBits
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
@@ -40,7 +41,6 @@ from turbodiffusion.pipelines.prompts import read_items
 from turbodiffusion.pipelines.request import pick_device, pick_dtype
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.small_world.captions import held_out_prompts
-from turbodiffusion.variants import variant as named_variant
 
 Format = Enum("Format", ["int8", "turbodiffusion"])
 # the scheme of the numbers, the format of the file and its suffix
@@ -84,24 +84,22 @@ def quantize(options: Options, console: Console) -> None:
     comparison = Comparison(options, report)
     floats = checkpoint.floats(torch.float32)
     eight = {layer: EightBits(layer, floats[f"{layer}.weight"], scheme) for layer in report.linear}
-    shown = track(eight.items(), "measuring", console=Console(stderr=True), transient=True)
-    measured = {layer: weight.decibels() for layer, weight in shown}
+    bar = track(eight.items(), "measuring", console=Console(stderr=True), transient=True)
+    measured = {layer: weight.decibels() for layer, weight in bar}
     kept |= {layer for layer, quality in measured.items() if quality < options.budget}
     chosen = [layer for layer in measured if layer not in kept]
     console.print(layer_table(measured, kept))
     if not chosen:
-        raise UserError(
-            "every layer would stay as it is: nothing was written; lower budget= or shorten keep="
-        )
+        raise UserError("every layer would stay as it is; lower budget= or shorten keep=")
     deed = {"quantised": report.path.name, "from": report.format, "quant": scheme, "kept": sorted(kept)}
     entries, metadata = prepare(checkpoint, None, deed)
     for layer in chosen:
         del entries[f"{layer}.weight"]
         entries |= eight[layer].entries()
     write_shown(entries, metadata, dst, format)
-    size = dst.stat().st_size / 1e9
-    line = f"{report.path} -> {dst} ({scheme}): {len(chosen)} of {len(measured)} linear layers, {size:.3f} GB"
-    console.print(line + (unsaid(report) if format == "turbodiffusion" else ""), soft_wrap=True)
+    line = f"{report.path} -> {dst} ({scheme}): {len(chosen)} of {len(measured)} linear layers, "
+    line += f"{dst.stat().st_size / 1e9:.3f} GB" + (unsaid(report) if suffix == ".pth" else "")
+    console.print(line, soft_wrap=True)
     if comparison.prompts:
         console.print(comparison.run(dst), soft_wrap=True)
 
@@ -151,10 +149,7 @@ class Comparison:
             self.prompts = [item.prompt for item in read_items(Path(options.prompts).expanduser())]
         if not self.prompts:
             return
-        if report.variant is None:
-            choices = " or ".join(report.candidates) or "the one whose task and channels it shares"
-            raise UserError(f"{report.path} does not say its variant; pass variant= with {choices}")
-        self.row = named_variant(report.variant)
+        self.row = known_variant(report)
         if self.row.experts or "t2v" not in self.row.tasks:
             raise UserError(
                 f"prompts= compares networks that make a video alone and from text, which {self.row.name} "

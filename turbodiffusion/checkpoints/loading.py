@@ -57,13 +57,17 @@ def load_network(
     linear layers are in 8 bits, which have no derivatives.  UserError for a file that does not fit.
     """
     checkpoint = open_kind(path, "network", variant=variant, ema=ema)
-    report = checkpoint.report
+    report, row = checkpoint.report, known_variant(checkpoint.report)
+    network = _filled(checkpoint, device, dtype, in_int8=settled(quant, report.quantised) == INT8)
+    return LoadedNetwork(network, replace(row, network=network.config), report.sampling, report)
+
+
+def known_variant(report: Report) -> Variant:
+    """A network's row of the table of models.  Raises UserError if nothing tells which it is."""
     if report.variant is None:
         choices = ", ".join(report.candidates) or "the one whose task and channels it shares"
         raise UserError(f"{report.path} does not say its variant; pass variant= with one of {choices}")
-    network = _filled(checkpoint, device, dtype, in_int8=settled(quant, report.quantised) == INT8)
-    own = replace(named_variant(report.variant), network=network.config)
-    return LoadedNetwork(network, own, report.sampling, report)
+    return named_variant(report.variant)
 
 
 def load_vae(path: str | Path, *, device: Device, dtype: torch.dtype) -> VideoVAE:
