@@ -5,10 +5,11 @@
 
 int8: a scale for each output channel, the form that runs in 8 bits; a .safetensors file.  turbodiffusion: the
 published form, a scale for each 128 x 128 tile; a .pth file, which runs de-quantised unless quant=int8 is
-passed to infer.py.  Layers of fewer decibels (SQNR: weights over their rounding error) than the budget stay
-as they are, and so do those with one of the names: ffn.2 is that layer of every block, blocks.0 all of one.
-Latents of the new file are compared with the original's at equal seeds, for each line of prompts=; without
-it, for four prompts if it is the small world's.  Tensors pass one at a time; a .pth needs one copy.
+passed to infer.py.  The original first makes latents of each line of prompts=, without it of four prompts if
+it is the small world's: they show the error of every layer's outputs, and what the new file's are compared
+with.  Layers of fewer decibels (SQNR: weights or outputs over their error) than the budget stay as they are,
+and so do those with one of the names: ffn.2 is that layer of every block, blocks.0 all of one.  Tensors pass
+one at a time; a .pth needs one copy.
 """
 
 import math
@@ -21,10 +22,11 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from tools.convert import unsaid, write_shown
 from tools.options import MISSING, parse
@@ -33,9 +35,11 @@ from turbodiffusion.checkpoints.detect import open_kind
 from turbodiffusion.checkpoints.export import prepare
 from turbodiffusion.checkpoints.keys import take_number
 from turbodiffusion.checkpoints.loading import known_variant
-from turbodiffusion.checkpoints.quantised import INT8, TILES, EightBits
+from turbodiffusion.checkpoints.quantised import INT8, TILES, EightBits, dequantise, quantise_tiles
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.int8 import Int8Linear
+from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline, Watch
 from turbodiffusion.pipelines.prompts import read_items
 from turbodiffusion.pipelines.request import pick_device, pick_dtype
@@ -86,9 +90,11 @@ def quantize(options: Options, console: Console) -> None:
     eight = {layer: EightBits(layer, floats[f"{layer}.weight"], scheme) for layer in report.linear}
     bar = track(eight.items(), "measuring", console=Console(stderr=True), transient=True)
     measured = {layer: weight.decibels() for layer, weight in bar}
-    kept |= {layer for layer, quality in measured.items() if quality < options.budget}
+    outputs = comparison.run_original(scheme)
+    worse = {layer: min(quality, outputs.get(layer, math.inf)) for layer, quality in measured.items()}
+    kept |= {layer for layer, quality in worse.items() if quality < options.budget}
     chosen = [layer for layer in measured if layer not in kept]
-    console.print(layer_table(measured, kept))
+    console.print(layer_table(measured, outputs, kept))
     if not chosen:
         raise UserError("every layer would stay as it is; lower budget= or shorten keep=")
     deed = {"quantised": report.path.name, "from": report.format, "quant": scheme, "kept": sorted(kept)}
@@ -101,7 +107,7 @@ def quantize(options: Options, console: Console) -> None:
     line += f"{dst.stat().st_size / 1e9:.3f} GB" + (unsaid(report) if suffix == ".pth" else "")
     console.print(line, soft_wrap=True)
     if comparison.prompts:
-        console.print(comparison.run(dst), soft_wrap=True)
+        console.print(comparison.run_new(dst), soft_wrap=True)
 
 
 def kept_by_name(names: str, layers: list[str]) -> set[str]:
@@ -118,23 +124,43 @@ def kept_by_name(names: str, layers: list[str]) -> set[str]:
     return kept
 
 
-def layer_table(measured: dict[str, float], kept: set[str]) -> Table:
-    """Decibels by kind of layer."""
+def layer_table(weights: dict[str, float], outputs: dict[str, float], kept: set[str]) -> Table:
+    """Decibels by kind of layer; without a run there are none of outputs."""
     kinds = defaultdict(list)
-    for layer in measured:
+    for layer in weights:
         kinds[_kind(layer)].append(layer)
-    table = Table("layer", title="signal over rounding error of weights, dB", title_justify="left")
-    for heading in ("layers", "mean", "worst", "kept"):
+    table = Table("layer", title="signal over error, dB, mean and worst", title_justify="left")
+    for heading in ("layers", "weights", "outputs", "kept"):
         table.add_column(heading, justify="right")
     for kind, layers in kinds.items():
-        values = [measured[layer] for layer in layers]
-        count = str(sum(layer in kept for layer in layers))
-        table.add_row(kind, str(len(layers)), f"{mean(values):.1f}", f"{min(values):.1f}", count)
+        both = [[measured[layer] for layer in layers if measured] for measured in (weights, outputs)]
+        shown = [f"{mean(values):.1f}  {min(values):.1f}" if values else "-" for values in both]
+        table.add_row(kind, str(len(layers)), *shown, str(sum(layer in kept for layer in layers)))
     return table
 
 
 def _kind(layer: str) -> str:
     return take_number(layer)[0].removeprefix("blocks.{}.")
+
+
+def watch_outputs(network: WanModel, layers: list[str], scheme: str) -> dict[str, Tensor]:
+    """Powers (2,) of each layer's outputs and of their errors in 8 bits, which grow as the network runs."""
+
+    def add(powers: Tensor, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        (x,) = inputs
+        # in 8 bits anew at each call: a copy for every layer would be another network
+        if scheme == INT8:
+            off = Int8Linear.from_linear(layer)(x) - output
+        else:
+            off = F.linear(x, (dequantise(*quantise_tiles(layer.weight)) - layer.weight).to(x.dtype))
+        for i, part in enumerate((output, off)):
+            powers[i] += torch.linalg.vector_norm(part, dtype=torch.float32).square()
+
+    device = network.patch_embedding.weight.device
+    powers = {layer: torch.zeros(2, dtype=torch.float64, device=device) for layer in layers}
+    for layer in layers:
+        network.get_submodule(layer).register_forward_hook(partial(add, powers[layer]))
+    return powers
 
 
 class Comparison:
@@ -159,23 +185,31 @@ class Comparison:
         self.files = {kind: locate(kind, getattr(self.row, kind), report.path) for kind in kinds}
         self.sampling = replace(report.sampling, steps=options.steps or report.sampling.steps)
         self.device = pick_device(options.device)
-        self.dtype = pick_dtype(options.dtype, self.device)
+        self.where = {"device": self.device, "dtype": pick_dtype(options.dtype, self.device)}
+        self._load = partial(load_network, variant=self.row.name, **self.where)
 
-    def run(self, dst: Path) -> str:
-        """How far the new file's latents are off, in words; it runs as it says, one network at a time."""
-        where = {"device": self.device, "dtype": self.dtype}
-        load = partial(load_network, variant=self.row.name, **where)
-        models = Models(
-            network=load(self.report.path, ema=self.options.ema).network,
-            vae=load_vae(self.files["vae"], **where),
-            text_encoder=load_text_encoder(self.files["text_encoder"], **where),
+    def run_original(self, scheme: str) -> dict[str, float]:
+        """The original's latents are kept -> decibels of each layer's outputs, none without prompts."""
+        if not self.prompts:
+            return {}
+        network = self._load(self.report.path, ema=self.options.ema).network
+        self.models = Models(
+            network=network,
+            vae=load_vae(self.files["vae"], **self.where),
+            text_encoder=load_text_encoder(self.files["text_encoder"], **self.where),
         )
-        truth = self._latents(models)
-        models.network.to("meta")  # lets go of its memory
-        new = load(dst, quant="auto").network
+        powers = watch_outputs(network, list(self.report.linear), scheme)
+        self.truth = self._latents(self.models)
+        network.to("meta")  # lets go of its memory
+        return {layer: 10 * math.log10(signal / error) for layer, (signal, error) in powers.items()}
+
+    def run_new(self, dst: Path) -> str:
+        """How far the new file's latents are off, in words; it runs as it says."""
+        new = self._load(dst, quant="auto").network
         # which a .pth can not say
         new.set_attention(self.report.config["attention"], drop_linear=True)
-        error = self._latents(replace(models, network=new)) - truth
+        truth = self.truth
+        error = self._latents(replace(self.models, network=new)) - truth
         share = (error.norm() / truth.norm()).item()
         peak = 20 * math.log10((truth.max() - truth.min()) / error.square().mean().sqrt())
         return (
