@@ -1,34 +1,23 @@
-"""The kernels of the block map and the linear branch compile for every GPU, with none, and fit it."""
+"""The kernels of the block map compile for every GPU, with none, and fit it."""
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.compiler import CompiledKernel  # noqa: E402 (after the skip)
 
 from kernels import block_map_triton as block_map  # noqa: E402
-from kernels import linear_attention_triton as linear  # noqa: E402
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel  # noqa: E402
 
 MEAN = {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128, "TOKENS": block_map.TOKENS}
 SCORE = {"D": 128, "TILE": block_map.TILE, "CHANNELS": block_map.CHANNELS}
-FOLD = {"D": 128, "ROWS": linear.FOLD_ROWS, "COLUMNS": linear.FOLD_COLUMNS}
-FP32_POINTERS = {
-    f"{name}_ptr" for name in ("mean_q", "mean_k", "score", "parts", "state", "vectors", "g_vectors")
-}
-WALKS = {kind: getattr(linear, f"{kind}_kernel") for kind in linear.TILES}
+FP32_POINTERS = {"mean_q_ptr", "mean_k_ptr", "score_ptr"}
 KERNELS = {
     "means": (block_map.mean_kernel, MEAN),
     "scores": (block_map.score_kernel, SCORE),
     "select 512": (block_map.select_kernel, {"WIDTH": 512, "TILE": block_map.TILE, "num_warps": 1}),
     "select 2048": (block_map.select_kernel, {"WIDTH": 2048, "TILE": block_map.TILE, "num_warps": 1}),
-    "fold": (linear.fold_kernel, FOLD | {"FORWARD": True}),
-    "fold gradients": (linear.fold_kernel, FOLD | {"FORWARD": False}),
 }
-for _kind, _kernel in WALKS.items():
-    KERNELS[_kind] = (_kernel, linear.options(_kind, 128, torch.bfloat16, "softmax"))
-KERNELS["output alone"] = (WALKS["output"], KERNELS["output"][1] | {"add_ptr": None})
 
 
 def compile_part(name: str, capability: int) -> CompiledKernel:
@@ -43,20 +32,10 @@ def test_kernel_fits_the_gpu(name: str, capability: int) -> None:
     kernel = compile_part(name, capability)
     assert kernel.asm["cubin"]
     assert kernel.metadata.shared <= SHARED_BYTES[capability]
-    if name in WALKS or name == "scores":
+    if name == "scores":
         assert "mma" in kernel.asm["ptx"]  # on tensor cores
     # loads 16 bytes wide where they are long, without which memory is not used at its speed
-    if name in WALKS or name == "means":
+    if name == "means":
         assert "v4" in kernel.asm["ptx"]
     if capability == 90:
         assert "STL" not in kernel.asm["sass"]  # all that a thread holds is in registers
-
-
-@pytest.mark.parametrize("kind", WALKS)
-def test_fp32_multiplies_in_fp32(kind: str) -> None:
-    kernel = WALKS[kind]
-    types = {x: "*fp32" for x in kernel.arg_names if x.endswith("_ptr")}
-    options = linear.options(kind, 64, torch.float32, "elu")
-    compiled = compile_kernel(kernel, types, options, 90)
-    assert compiled.metadata.shared <= SHARED_BYTES[90]
-    assert "mma" not in compiled.asm["ptx"]

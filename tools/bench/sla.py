@@ -125,6 +125,7 @@ class Bench:
             "linear branch and gradients": Run(partial(self.gradients, self.linear), tensors=12),
             "operator with tangent": Run(partial(self.tangent, operator), 12),
             "sparse with tangent": Run(partial(self.tangent, sparse), 12),
+            "linear branch with tangent": Run(partial(self.tangent, self.linear), tensors=10),
         }
 
     def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
