@@ -93,7 +93,44 @@ class Bench:
             "sparse, bf16": Run(partial(sparse_attention, *self.primals, **listed), 4),
             "sparse, 8 bits": Run(partial(sparse_attention_int8, *self.primals, **listed), 4),
             "linear branch": Run(partial(self.linear, *self.primals), tensors=5),
+            **self.linear_parts(),
             **self.forms(),
+        }
+
+    def linear_parts(self) -> dict[str, Run]:
+        """The kernels of the linear branch and its tangent, each by itself."""
+        from kernels import linear_attention_tangent_triton as tangent
+        from kernels import linear_attention_triton as kernels
+
+        q, k, v, dq, dk, dv = (x.transpose(1, 2) for x in (*self.primals, *self.tangents))
+        weight, bias = self.proj["weight"], self.proj["bias"]
+        o, do = torch.empty_like(q), torch.empty_like(q)
+        keys, queries, dual_keys, dual_queries = (
+            kernels.Walk(q, kind, "softmax")
+            for kind in ("state", "output", "state_tangent", "output_tangent")
+        )
+        parts, dual_parts = keys.parts(), dual_keys.parts(2)
+        # what each leaves is what the next takes
+        keys(kernels.state_kernel, k, v, parts)
+        dual_keys(tangent.state_tangent_kernel, k, v, dk, dv, dual_parts)
+        fold, dual_fold = (
+            partial(kernels.fold, x, weight, q.dtype, states=n) for x, n in ((parts, 1), (dual_parts, 2))
+        )
+        _, *left = fold()
+        _, *dual_left = dual_fold()
+        given = (q, *left, bias, q, o)
+        dual_given = (q, dq, *dual_left, bias, q, dq, o, do)
+        return {
+            "  state": Run(partial(keys, kernels.state_kernel, k, v, parts), tensors=2),
+            "  fold": Run(fold),
+            "  output": Run(partial(queries, kernels.output_kernel, *given), tensors=3),
+            "  state with tangent": Run(
+                partial(dual_keys, tangent.state_tangent_kernel, k, v, dk, dv, dual_parts), tensors=4
+            ),
+            "  fold with tangent": Run(dual_fold),
+            "  output with tangent": Run(
+                partial(dual_queries, tangent.output_tangent_kernel, *dual_given), tensors=6
+            ),
         }
 
     def forms(self) -> dict[str, Run]:
@@ -184,7 +221,7 @@ class Bench:
         yardstick = next(iter(medians.values()))
         for name, run in runs.items():
             ms, keys = medians[name], self.q.shape[2] if run.is_dense else self.kept
-            said = f"{run.flop * self.q.numel() * keys / ms / 1e9:.0f} TFLOP/s"
+            said = f"{run.flop * self.q.numel() * keys / ms / 1e9:.0f} TFLOP/s" if run.flop else "no floor"
             if run.tensors:
                 said = f"floor {1e3 * run.tensors * 2 * self.q.numel() / BANDWIDTH:.3f} ms"
             spread = f"{min(times[name]):.3f} to {max(times[name]):.3f}"
