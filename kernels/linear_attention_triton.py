@@ -44,7 +44,8 @@ class Tile(NamedTuple):
 PORTABLE = {
     "state": Tile(32, 8, 3, 128),
     "output": Tile(32, 4, 2, programs=4),
-    "query_grad": Tile(32, 8, 2),
+    "query_grad": Tile(32, 8, 2, programs=4),
+    "state_grad": Tile(32, 8, 3, 128),
     "key_grad": Tile(32, 8, 2, programs=4),
     "state_tangent": Tile(32, 8, 2, programs=1),
     "output_tangent": Tile(32, 8, 1, programs=4),
@@ -53,6 +54,7 @@ PORTABLE = {
 HOPPER = PORTABLE | {
     "state": Tile(64, 8, 3, 128),
     "output": Tile(64, 4, 2, programs=4),
+    "query_grad": Tile(64, 4, 2, programs=4),
     "key_grad": Tile(64, 8, 3, programs=4),
     "state_tangent": Tile(64, 8, 3, programs=1),
     "output_tangent": Tile(64, 4, 1, programs=4),
@@ -121,7 +123,7 @@ def square(ptr, D: tl.constexpr):
 
 @triton.jit
 def thirds(x, column, dtype: tl.constexpr):
-    """A matrix [D, NARROW], zero but for three columns from `column` on, whose sum is the fp32 x [D].
+    """A matrix [rows, NARROW], zero but for three columns from `column` on, whose sum is the fp32 x [rows].
 
     So that f(q) x is a product in 16 bits that lies like the product beside it, and exact in x.
     """
@@ -136,19 +138,20 @@ def thirds(x, column, dtype: tl.constexpr):
 
 @triton.jit
 def count_rows(first, count, TOKENS: tl.constexpr, dtype: tl.constexpr):
-    """[TOKENS, NARROW]: ones in the rows that there are; a product with it sums up what is above the end."""
-    return tl.broadcast_to((first + tl.arange(0, TOKENS) < count)[:, None], [TOKENS, NARROW]).to(dtype)
+    """[TOKENS, NARROW], whose columns add up to one in the rows that there are, to zero below the end."""
+    there = tl.broadcast_to((first + tl.arange(0, TOKENS) < count)[:, None], [TOKENS, NARROW])
+    return tl.where(there, 1 / NARROW, 0.0).to(dtype)
 
 
 @triton.jit
 def store_part(parts_ptr, part, state, mass, D: tl.constexpr):
     """A program's part (D + 2, D): state, mass, and the state summed over features, which gives the mean.
 
-    mass [D, NARROW], all columns alike.
+    mass [D, NARROW]: in columns that add up to it.
     """
     ptr = parts_ptr + part.to(tl.int64) * ((D + 2) * D)
     tl.store(square(ptr, D), state)
-    tl.store(ptr + D * D + tl.arange(0, D), tl.sum(mass, 1) / NARROW)
+    tl.store(ptr + D * D + tl.arange(0, D), tl.sum(mass, 1))
     tl.store(ptr + (D + 1) * D + tl.arange(0, D), tl.sum(state, 0))
 
 
@@ -258,40 +261,67 @@ def output_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q_ptr, g_ptr, folded_ptr, vectors_ptr, gq_ptr, parts_ptr, L, N, span,
+    q_ptr, g_ptr, folded_ptr, vectors_ptr, gq_ptr, rows_ptr, L, N, span,
     D: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """From g, the gradient of o: that of q, and parts of those of state W^T and of mass.
+    """From g, the gradient of o: that of q and, for state_grad_kernel, two numbers of every row (B N, 2, L).
 
-    The latter is what it is for values less their mean: as much smaller as key_grad_kernel's other term is.
+    Those are 1 / total and the gradient of total, for values less their mean.
     """
     head = tl.program_id(0).to(tl.int64)
     stride = N * D
     offset = head_start(head, L, N, D)
+    rows_ptr += 2 * head * L
     folded = tl.load(square(folded_ptr + head * (D * D), D))
     vectors_ptr += head * (3 * D) + tl.arange(0, D)
-    mass, shift = tl.load(vectors_ptr), tl.load(vectors_ptr + 2 * D)
-    g_folded = tl.zeros([D, D], tl.float32)
-    g_mass = tl.zeros([TOKENS, D], tl.float32)
+    mass = tl.load(vectors_ptr)
+    masses = thirds(mass, 0, folded.dtype)
+    shifts = thirds(tl.load(vectors_ptr + 2 * D), 0, folded.dtype)
     first = tl.program_id(1) * span
     for row in tl.range(first, tl.minimum(first + span, L), TOKENS, num_stages=STAGES):
-        # rows below the end are zero in g, and so add nothing
         q = load_rows(q_ptr + offset, row, L, stride, D, TOKENS)
         g = load_rows(g_ptr + offset, row, L, stride, D, TOKENS)
         exact = features(q, MAP)
         f = exact.to(q.dtype)
-        inverse = 1 / (EPS + tl.sum(f.to(tl.float32) * mass[None, :], 1))
-        h = (g.to(tl.float32) * inverse[:, None]).to(q.dtype)
-        g_f = tl.dot(h, folded.T, input_precision=DOT)
+        inverse = 1 / (EPS + tl.sum(tl.dot(f, masses, input_precision=DOT), 1))
+        g_shift = tl.sum(tl.dot(g, shifts, input_precision=DOT), 1) * inverse
+        g_f = tl.dot(g, folded.T, input_precision=DOT) * inverse[:, None]
         # of all weights of a row in common, of which the mean value has 1 less 1e-5 / total
-        common = tl.sum(f.to(tl.float32) * g_f, 1) - EPS * tl.sum(h.to(tl.float32) * shift[None, :], 1)
-        common = common * inverse
-        g_f -= common[:, None] * mass[None, :]
+        g_total = (EPS * g_shift - tl.sum(f.to(tl.float32) * g_f, 1)) * inverse
+        g_f += g_total[:, None] * mass[None, :]
         store_rows(gq_ptr + offset, derivative(q, exact, g_f, MAP), row, L, stride, D, TOKENS)
+        at = row + tl.arange(0, TOKENS)
+        tl.store(rows_ptr + at, inverse, mask=at < L)
+        tl.store(rows_ptr + L + at, g_total, mask=at < L)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def state_grad_kernel(
+    q_ptr, g_ptr, rows_ptr, parts_ptr, L, N, span,
+    D: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Parts of the gradients of state W^T and of mass, the latter for values less their mean.
+
+    So it is as much smaller as key_grad_kernel's other term is.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    stride = N * D
+    offset = head_start(head, L, N, D)
+    rows_ptr += 2 * head * L
+    g_folded = tl.zeros([D, D], tl.float32)
+    g_mass = tl.zeros([D, NARROW], tl.float32)
+    first = tl.program_id(1) * span
+    for row in tl.range(first, tl.minimum(first + span, L), TOKENS, num_stages=STAGES):
+        # rows below the end are zero in g and g_total, and so add nothing
+        q = load_rows(q_ptr + offset, row, L, stride, D, TOKENS)
+        g = load_rows(g_ptr + offset, row, L, stride, D, TOKENS)
+        at = row + tl.arange(0, TOKENS)
+        inverse = tl.load(rows_ptr + at, mask=at < L, other=0.0)
+        g_total = tl.load(rows_ptr + L + at, mask=at < L, other=0.0)
+        f = features(q, MAP).to(q.dtype)
+        h = (g.to(tl.float32) * inverse[:, None]).to(q.dtype)
         g_folded = tl.dot(f.T, h, g_folded, input_precision=DOT)
-        g_mass -= common[:, None] * f.to(tl.float32)
-    # as store_part takes it
-    g_mass = tl.broadcast_to(tl.sum(g_mass, 0)[:, None], [D, NARROW])
+        g_mass = tl.dot(f.T, thirds(g_total, 0, q.dtype), g_mass, input_precision=DOT)
     store_part(parts_ptr, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), g_folded, g_mass, D)
 
 
@@ -341,10 +371,13 @@ def backward(
     """Gradients of q, k, v in their dtype, and in fp32 of weight and bias, from what forward returned."""
     q, k, v, g = (tokens_first(x) for x in (q, k, v, grad))
     gq, gk, gv = (torch.empty_like(x) for x in (q, k, v))
+    B, L, N, _ = q.shape
     with torch.cuda.device_of(q):
-        walk = Walk(q, "query_grad", feature_map)
+        rows = q.new_empty(B * N, 2, L, dtype=torch.float32)
+        Walk(q, "query_grad", feature_map)(query_grad_kernel, q, g, folded, vectors, gq, rows)
+        walk = Walk(q, "state_grad", feature_map)
         parts = walk.parts()
-        walk(query_grad_kernel, q, g, folded, vectors, gq, parts)
+        walk(state_grad_kernel, q, g, rows, parts)
         g_folded, g_state, g_vectors = fold(parts, weight, q.dtype, of_gradients=True)
         Walk(k, "key_grad", feature_map)(key_grad_kernel, k, v, vectors, g_state, g_vectors, gk, gv)
     g_weight = g_folded.flatten(0, 1).T @ state.flatten(0, 1)

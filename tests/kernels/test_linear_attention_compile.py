@@ -12,7 +12,7 @@ from kernels import linear_attention_triton as linear  # noqa: E402
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel  # noqa: E402
 
 FOLD = {"D": 128, "ROWS": linear.FOLD_ROWS, "COLUMNS": linear.FOLD_COLUMNS, "PARTS": linear.FOLD_PARTS}
-FP32_POINTERS = {f"{name}_ptr" for name in ("parts", "state", "vectors", "g_vectors")}
+FP32_POINTERS = {f"{name}_ptr" for name in ("parts", "state", "vectors", "g_vectors", "rows")}
 WALKS = {
     kind: getattr(tangent if "tangent" in kind else linear, f"{kind}_kernel") for kind in linear.PORTABLE
 }
@@ -46,8 +46,9 @@ def test_kernel_fits_the_gpu(name: str, capability: int) -> None:
         # loads 16 bytes wide, without which memory is not used at its speed
         assert "v4" in kernel.asm["ptx"]
     if capability == 90:
-        # all that a thread holds is in registers; but a few words of the two outputs at once, of 255
-        assert kernel.asm["sass"].count("STL") <= 16 * ("output_tangent" in name)
+        # all that a thread holds is in registers, but for a few words where the most of them, 255, do not do
+        spilled = kernel.asm["sass"].count("STL")
+        assert spilled <= 16 * name.startswith(("output_tangent", "query_grad"))
 
 
 @pytest.mark.parametrize("kind", WALKS)
