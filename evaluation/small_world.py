@@ -44,6 +44,7 @@ class Setting:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "bfloat16"
+    quant: str = "auto"  # none, int8, or auto: what a network's file says
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Options(Setting):
 def load_models(setting: Setting, ckpt: str) -> tuple[Models, Sampling]:
     """A network with the setting's VAE and text encoder, and how it wants to be sampled."""
     device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-    loaded = load_network(ckpt, device=device, dtype=dtype)
+    loaded = load_network(ckpt, device=device, dtype=dtype, quant=setting.quant)
     models = Models(
         network=loaded.network,
         vae=load_vae(setting.vae, device=device, dtype=dtype),

@@ -198,7 +198,7 @@ def load_students(options: Options, teacher: WanModel) -> dict[str, list[LoadedN
     """Every group's networks; UserError for one that can not stand in for the teacher."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     found = {
-        name: [load_network(file, device=device, dtype=dtype) for file in files]
+        name: [load_network(file, device=device, dtype=dtype, quant=options.quant) for file in files]
         for name, files in groups(options.ckpts).items()
     }
     for each in chain(*found.values()):

@@ -9,8 +9,10 @@ import torch
 
 from evaluation import students
 from evaluation.oracle import Reading
+from evaluation.small_world import load_models
 from evaluation.students import Answers, Questions, Row, Scores, groups, load_students, score
 from turbodiffusion.checkpoints import load_network, save
+from turbodiffusion.models.int8 import Int8Linear
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines.generate import Encoded
 from turbodiffusion.variants import variants
@@ -109,6 +111,15 @@ def test_a_share_of_blocks_is_kept_by_tuned_and_by_dense_students(tmp_path: Path
             block_k,
         )
     assert teacher.config["attention"] == {"name": "dense"}
+
+
+@pytest.mark.parametrize(("quant", "is_int8"), [("auto", False), ("int8", True)])
+def test_networks_are_judged_in_8_bits_if_asked(quant: str, is_int8: bool) -> None:
+    options = students.Options(ckpts=[TEACHER], quant=quant, device="cpu", dtype="float32")
+    teacher = load_models(options, TEACHER)[0].network
+    (student,) = load_students(options, teacher)[TEACHER]
+    for network in (teacher, student.network):
+        assert any(isinstance(module, Int8Linear) for module in network.modules()) == is_int8
 
 
 def test_a_name_begins_a_group_that_the_files_after_it_join() -> None:
