@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.vae_tiling import decode_bytes, decode_tiled, encode_tiled, tile_for
+from turbodiffusion.models.vae_tiling import decode_bytes, decode_tiled, encode_tiled
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vae"
 
@@ -144,17 +144,3 @@ def test_the_memory_estimate_agrees_with_measurements(
 ) -> None:
     # bf16, peak less weights and input, one H200, torch 2.11 and cuDNN 9.19, whose workspaces vary by shape
     assert 0.95 < decode_bytes(published(name), shape, chunk=chunk) / 2**30 / gibibytes < 1.25
-
-
-def test_a_tile_for_plenty_of_memory_is_the_whole() -> None:
-    assert tile_for(published("wan2.1"), (21, 60, 104), 2**40) == (60, 104)
-
-
-def test_a_tile_for_little_memory_fits_it() -> None:
-    vae, shape, budget = published("wan2.1"), (21, 90, 160), 3 * 2**30
-    tile = tile_for(vae, shape, budget)
-    output = 81 * 3 * 4 * 720 * 1280
-    assert tile != (90, 160)
-    assert output + decode_bytes(vae, (21, *tile)) <= budget
-    with pytest.raises(UserError, match=r"got 0\.5 GiB to decode 81 frames"):
-        tile_for(vae, shape, 2**29)

@@ -73,29 +73,6 @@ def decode_bytes(vae: VideoVAE, shape: tuple[int, int, int], *, chunk: int = 1) 
     return round(pixels * (12 * frames + item * (remembered + alive) / config["patch"] ** 2))
 
 
-def tile_for(
-    vae: VideoVAE, shape: tuple[int, int, int], budget: int, *, overlap: int = OVERLAP, chunk: int = 1
-) -> tuple[int, int]:
-    """A tile (height, width) with which latents of `shape` (T, h, w) decode within about `budget` bytes.
-
-    The budget is for one clip beside the weights; the longer side is halved until it holds. Raises UserError
-    if no tile of at least twice the overlap does.
-    """
-    length, height, width = shape
-    frames = 1 + (length - 1) * vae.temporal_factor
-    whole = 12 * frames * height * width * vae.spatial_factor**2
-    tile, needed = (height, width), decode_bytes(vae, shape, chunk=chunk)
-    while needed > budget:
-        tile = (-(-tile[0] // 2), tile[1]) if tile[0] > tile[1] else (tile[0], -(-tile[1] // 2))
-        if min(tile) < 2 * overlap:
-            raise UserError(
-                f"got {budget / 2**30:.1f} GiB to decode {frames} frames; their smallest tiles need "
-                f"{needed / 2**30:.1f} GiB: ask for fewer frames or a smaller size"
-            )
-        needed = whole + decode_bytes(vae, (length, *tile), chunk=chunk)
-    return tile
-
-
 def _by_tiles(
     run: Callable[[Tensor], Tensor],
     x: Tensor,
