@@ -34,6 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.tiles_hopper import new_barriers, new_tiles, tma_load, tma_store
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 # rows that one warp group multiplies at once
@@ -42,9 +44,6 @@ ROWS = 64
 PIECE = 128
 # of a thread, after warps have traded them; the first warp group takes what is left, no less than the second
 GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
-# the first names are those since Triton 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 class Form(NamedTuple):
@@ -82,7 +81,7 @@ def _fetch(desc, ring, place, listed, step, count, BLOCKS: gl.constexpr, ACROSS:
             else:
                 at = [batch, listed_block * tiles.shape[2], column + piece * tiles.shape[3]]
             tile = tiles.index((stage * PIECES + piece) * BLOCKS + block)
-            _load(desc, at, ready.index(stage), tile)
+            tma_load(desc, at, ready.index(stage), tile)
 
 
 @gluon.jit
@@ -111,7 +110,7 @@ def _fill(descs, queries, keys, values, work, BLOCKS: gl.constexpr, ACROSS: gl.c
         mbarrier.wait(q_free, parity ^ 1)
         mbarrier.expect(q_ready, GROUPS * q_desc.block_type.nbytes)
         for group in gl.static_range(GROUPS):
-            _load(q_desc, [place[0], first + group * ROWS, place[1]], q_ready, q_tiles.index(group))
+            tma_load(q_desc, [place[0], first + group * ROWS, place[1]], q_ready, q_tiles.index(group))
         for step in range(1, steps):
             _fetch(k_desc, keys, place, listed, step, count + step, BLOCKS, False)
             _fetch(v_desc, values, v_place, listed, step - 1, count + step - 1, BLOCKS, ACROSS)
@@ -220,21 +219,8 @@ def _attend(group, outputs, queries, keys, values, work, KEYS: gl.constexpr):
         tma.store_wait(0)
         o_tile.reshape([ROWS, D]).store(o.to(k_tiles.dtype))
         fence_async_shared()
-        _store(o_desc, [head // N, first, head % N * D], o_tile)
+        tma_store(o_desc, [head // N, first, head % N * D], o_tile)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=arrivals)
-    return barriers
-
-
-@gluon.jit
-def _tiles(desc, count: gl.constexpr):
-    return gl.allocate_shared_memory(desc.dtype, [count] + desc.block_type.shape, desc.layout)  # noqa: RUF005
 
 
 @gluon.jit(do_not_specialize=("kept", "L", "S", "N", "count"))
@@ -246,10 +232,10 @@ def forward_kernel(
     PIECES: gl.constexpr = q_desc.block_type.shape[2] // k_desc.block_type.shape[2]
     BLOCKS: gl.constexpr = KEYS // k_desc.block_type.shape[1]
     RING: gl.constexpr = STAGES * PIECES * BLOCKS
-    queries = (_tiles(q_desc, GROUPS), _barriers(1, 1).index(0), _barriers(1, GROUPS).index(0))
-    keys = (_tiles(k_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
-    values = (_tiles(v_desc, RING), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
-    outputs = (o_desc, _tiles(o_desc, GROUPS), lse_ptr)
+    queries = (new_tiles(q_desc, GROUPS), new_barriers(1, 1).index(0), new_barriers(1, GROUPS).index(0))
+    keys = (new_tiles(k_desc, RING), new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS))
+    values = (new_tiles(v_desc, RING), new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS))
+    outputs = (o_desc, new_tiles(o_desc, GROUPS), lse_ptr)
     descs = (q_desc, k_desc, v_desc)
     work = (list_ptr, gl.program_id(0), count, gl.num_programs(0), kept, scale, L, S, N)
     if GROUPS == 1:

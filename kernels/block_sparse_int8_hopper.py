@@ -25,16 +25,14 @@ from kernels.block_sparse_hopper import (
     LOG2E,
     ROWS,
     Form,
-    _barriers,
     _fill,
-    _store,
-    _tiles,
     element,
     packed,
     placed,
     programs,
 )
 from kernels.block_sparse_int8_triton import LOG2_E4M3_MAX, MAGIC, MAGIC_BITS, Quantised
+from kernels.tiles_hopper import new_barriers, new_tiles, tma_store
 
 # by the sizes of blocks of queries and keys, made for D = 128
 FORMS = {(128, 64): Form(128, 2, 1)}
@@ -196,7 +194,7 @@ def _attend(group, outputs, queries, keys, values, steps_of, work):
         o_tile.reshape([HEIGHT, D]).store(o.to(o_tiles.dtype))
         fence_async_shared()
         first = tile % blocks * (GROUPS * HEIGHT) + group * HEIGHT
-        _store(o_desc, [head // N, first, head % N * D], o_tile)
+        tma_store(o_desc, [head // N, first, head % N * D], o_tile)
     tma.store_wait(0)
 
 
@@ -207,10 +205,10 @@ def attention_kernel(
 ):  # fmt: skip
     """o of `count` tiles; descriptors of (B, L or S, N D), and of values (B N blocks, D, keys)."""
     GROUPS: gl.constexpr = 2
-    queries = (_tiles(q_desc, GROUPS), _barriers(1, 1).index(0), _barriers(1, GROUPS).index(0))
-    keys = (_tiles(k_desc, STAGES * BLOCKS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
-    values = (_tiles(v_desc, STAGES * BLOCKS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS))
-    outputs = (o_desc, _tiles(o_desc, GROUPS))
+    queries = (new_tiles(q_desc, GROUPS), new_barriers(1, 1).index(0), new_barriers(1, GROUPS).index(0))
+    keys = (new_tiles(k_desc, STAGES * BLOCKS), new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS))
+    values = (new_tiles(v_desc, STAGES * BLOCKS), new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS))
+    outputs = (o_desc, new_tiles(o_desc, GROUPS))
     descs = (q_desc, k_desc, v_desc)
     steps_of = (q_step_ptr, k_step_ptr, v_step_ptr)
     work = (list_ptr, gl.program_id(0), count, gl.num_programs(0), kept, scale, L, S, N)

@@ -18,8 +18,10 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.tiles_hopper import new_barriers, new_tiles, tma_load
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -30,8 +32,6 @@ STAGES = 2
 # 12 warps (two groups of four, and four for the loader) have 168 registers each, before they trade them
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 TRADED_REGISTERS = gl.constexpr((240, 24))
-# the first is the name since Triton 3.9
-_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -46,20 +46,20 @@ def _load(descs, tiles, barriers, batch, column, first, S):
     mbarrier.expect(q_ready, 4 * BYTES)
     for group in gl.static_range(2):
         at = [batch, first + group * TILE, column]
-        _copy(q_desc, at, q_ready, q_tiles.index(group))
-        _copy(dq_desc, at, q_ready, dq_tiles.index(group))
+        tma_load(q_desc, at, q_ready, q_tiles.index(group))
+        tma_load(dq_desc, at, q_ready, dq_tiles.index(group))
     for block in range(gl.cdiv(S, TILE)):
         stage = block % STAGES
         phase = (block // STAGES & 1) ^ 1
         at = [batch, block * TILE, column]
         mbarrier.wait(k_free.index(stage), phase)
         mbarrier.expect(k_ready.index(stage), 2 * BYTES)
-        _copy(k_desc, at, k_ready.index(stage), k_tiles.index(stage))
-        _copy(dk_desc, at, k_ready.index(stage), dk_tiles.index(stage))
+        tma_load(k_desc, at, k_ready.index(stage), k_tiles.index(stage))
+        tma_load(dk_desc, at, k_ready.index(stage), dk_tiles.index(stage))
         mbarrier.wait(v_free.index(stage), phase)
         mbarrier.expect(v_ready.index(stage), 2 * BYTES)
-        _copy(v_desc, at, v_ready.index(stage), v_tiles.index(stage))
-        _copy(dv_desc, at, v_ready.index(stage), dv_tiles.index(stage))
+        tma_load(v_desc, at, v_ready.index(stage), v_tiles.index(stage))
+        tma_load(dv_desc, at, v_ready.index(stage), dv_tiles.index(stage))
 
 
 @gluon.jit
@@ -138,19 +138,6 @@ def _attend(group, outputs, tiles, barriers, batch, head, first, scale, L, S, N)
     gl.store(do_ptr + start + at, do.to(k_tiles.dtype), (row < L)[:, None])
 
 
-@gluon.jit
-def _tiles(desc, count: gl.constexpr):
-    return gl.allocate_shared_memory(desc.dtype, [count] + desc.block_type.shape, desc.layout)  # noqa: RUF005
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=arrivals)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=("L", "S", "N"))
 def tangent_kernel(
     q_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, o_ptr, do_ptr, lse_ptr, scale, L, S, N,
@@ -159,13 +146,13 @@ def tangent_kernel(
     """o, do and the log-sum-exp of two tiles of rows; descriptors of (B, L or S, N D), tiles (1, TILE, D)."""
     TILE: gl.constexpr = q_desc.block_type.shape[1]
     D: gl.constexpr = q_desc.block_type.shape[2]
-    queries = (_tiles(q_desc, 2), _tiles(dq_desc, 2))
-    keys = (_tiles(k_desc, STAGES), _tiles(dk_desc, STAGES))
-    values = (_tiles(v_desc, STAGES), _tiles(dv_desc, STAGES))
+    queries = (new_tiles(q_desc, 2), new_tiles(dq_desc, 2))
+    keys = (new_tiles(k_desc, STAGES), new_tiles(dk_desc, STAGES))
+    values = (new_tiles(v_desc, STAGES), new_tiles(dv_desc, STAGES))
     # both warp groups must have read a tile before it is overwritten
-    k_ready, k_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    v_ready, v_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    q_ready = _barriers(1, 1).index(0)
+    k_ready, k_free = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    v_ready, v_free = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    q_ready = new_barriers(1, 1).index(0)
     first = gl.program_id(0) * (2 * TILE)
     batch = gl.program_id(1) // N
     head = gl.program_id(1) % N

@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.tiles import LN2, LOG2E, head_start, load_rows, store_rows, tokens_first
+from kernels.tiles import HAS_GLUON, LN2, LOG2E, head_start, load_rows, store_rows, tokens_first
 
 HEAD_WIDTHS = (32, 64, 128)
-# what the Hopper kernel takes, and the first Triton with Gluon as it is written in
+# what the Hopper kernel takes
 HOPPER_WIDTHS = (64, 128)
-HOPPER_TRITON = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # one compilation for every length, 1 included
 LENGTHS = ("L", "S", "N")
@@ -207,7 +206,7 @@ def form(tensors: list[Tensor | None]) -> Tile | None:
         and q.shape[-1] in HOPPER_WIDTHS
         # its loads start at multiples of 16 bytes
         and all(x is not None and x.data_ptr() % 16 == 0 for x in tensors)
-        and tuple(map(int, triton.__version__.split(".")[:2])) >= HOPPER_TRITON
+        and HAS_GLUON
     ):
         return None
     has_tangent = any(x is not None for x in tensors[3:])

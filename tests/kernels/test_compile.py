@@ -9,9 +9,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402 (after the skip)
 from triton.compiler import CompiledKernel  # noqa: E402
 
 from kernels import flash_jvp_triton as flash  # noqa: E402
+from kernels.tiles import HAS_GLUON  # noqa: E402
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel  # noqa: E402
-
-GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= flash.HOPPER_TRITON
 
 ABSENT = {
     "forward": ("dq_ptr", "dk_ptr", "dv_ptr", "do_ptr"),
@@ -71,7 +70,7 @@ def compile_for_hopper(dtype: torch.dtype, head_dim: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=hopper.LAUNCH)
 
 
-@pytest.mark.skipif(not GLUON, reason="this Triton is older than the Hopper kernel's language")
+@pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float16, 64)])
 def test_hopper_kernel_fits_and_keeps_products_in_flight(dtype: torch.dtype, head_dim: int) -> None:
     kernel = compile_for_hopper(dtype, head_dim)

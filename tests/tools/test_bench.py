@@ -1,13 +1,29 @@
 """Benchmarks of real-size networks, at the smallest size and on a CPU."""
 
+import importlib
+import pkgutil
 import sys
 
 import pytest
 import torch
 
+from tools import bench
 from tools.bench import sla_step
 from tools.bench.forward import Options, gate, random_network
+from tools.bench.timing import gpu_console
+from turbodiffusion.errors import UserError
 from turbodiffusion.variants import variant
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(bench.__path__)])
+def test_every_benchmark_finds_what_it_times(name: str) -> None:
+    importlib.import_module(f"tools.bench.{name}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
+def test_kernels_are_not_timed_without_a_gpu() -> None:
+    with pytest.raises(UserError, match="there is none here"):
+        gpu_console("everything")
 
 
 def test_a_step_of_finetuning_is_timed(

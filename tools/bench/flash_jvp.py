@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels import flash_jvp_triton as flash
 from kernels import reference
 from kernels.flash_jvp_triton import Tile
+from tools.bench.timing import gpu_console, measure
 from tools.options import parse
-from turbodiffusion.errors import UserError
 
 CEILING = 790e12
 # rows, keys, warps, stages
@@ -94,29 +94,11 @@ def yardsticks(tensors: list[Tensor]) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every run, `repeats` times in turns after one of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, fn in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            fn()
-            end.record()
-            end.synchronize()
-            if turn:
-                times[name].append(start.elapsed_time(end))
-    return times
-
-
 @torch.no_grad()
 def main() -> None:
     """Gate, time, print."""
     options = parse(Options, sys.argv[1:])
-    if not torch.cuda.is_available():
-        raise UserError("this times a GPU and there is none here; the tests in tests/kernels run without")
-    console = Console(width=130)
-    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, width {options.width}, bf16")
+    console = gpu_console(f"width {options.width}, bf16")
     for heads in map(int, options.heads.split(",")):
         size = (1, options.length, heads, options.width)
         tensors = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(6)]

@@ -57,6 +57,13 @@ def random_network(row: Variant, device: torch.device, dtype: torch.dtype) -> Wa
     return network
 
 
+def latent_size(row: Variant, size: str, frames: int) -> tuple[int, int, int]:
+    """Latent frames, height and width of a clip of WIDTHxHEIGHT pixels."""
+    factor = 16 if row.vae == "wan2.2" else 8
+    width, height = (int(side) // factor for side in size.split("x"))
+    return (frames - 1) // 4 + 1, height, width
+
+
 def network_inputs(
     row: Variant, size: tuple[int, int, int], device: torch.device
 ) -> dict[str, Tensor | None]:
@@ -139,10 +146,8 @@ def main() -> None:
     if options.compile:
         for block in network.shard_units():
             block.compile()
-    factor = 16 if row.vae == "wan2.2" else 8
     for size in options.size.split(","):
-        width, height = (int(side) // factor for side in size.split("x"))
-        inputs = network_inputs(row, ((options.frames - 1) // 4 + 1, height, width), device)
+        inputs = network_inputs(row, latent_size(row, size, options.frames), device)
         times = time_forwards(network, inputs, names, options)
         yardstick = statistics.median(times[names[0]])
         for name, spent in times.items():

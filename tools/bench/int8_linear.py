@@ -24,8 +24,7 @@ from kernels.int8_linear import ALLOWED, int8_linear, int8_product, quantise_row
 from kernels.int8_linear_triton import Form
 from kernels.reference import E4M3_MAX
 from kernels.selftest import error_share, poisoned
-from tools.bench.flash_jvp import measure
-from tools.bench.sla import BANDWIDTH, repeated
+from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
 from tools.options import parse
 from turbodiffusion.errors import UserError
 
@@ -160,10 +159,7 @@ def report(bench: Bench, options: Options, console: Console) -> None:
 def main() -> None:
     """Gate, time, print."""
     options = parse(Options, sys.argv[1:])
-    if not torch.cuda.is_available():
-        raise UserError("this times a GPU and there is none here; the tests in tests/kernels run without")
-    console = Console(width=130)
-    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, GELU {options.gelu}")
+    console = gpu_console(f"GELU {options.gelu}")
     for tokens in map(int, options.tokens.split(",")):
         for shape in options.shapes.split(","):
             inputs, outputs = map(int, shape.split("x"))

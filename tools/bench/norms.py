@@ -12,19 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
 from kernels import norms, reference_norms
 from kernels.int8_linear import quantise_rows
 from kernels.selftest import error_share, poisoned
-from tools.bench.flash_jvp import measure
-from tools.bench.sla import BANDWIDTH, repeated
+from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
 from tools.options import parse
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.layers import modulate
-from turbodiffusion.models.rope import rotate
 
 HEAD_DIM = 128
 
@@ -40,17 +36,14 @@ class Options:
     calls: int = 10
 
 
-def _rotate(x: Tensor, weight: Tensor, *table: Tensor) -> Tensor:
-    normal = F.rms_norm(x, weight.shape, weight.to(x.dtype), 1e-6)
-    return rotate(normal.unflatten(-1, (-1, HEAD_DIM)), *table)
+def quantised(x: Tensor, *signals: Tensor) -> tuple[Tensor, Tensor]:
+    """norm_modulate_int8 in two ops."""
+    return quantise_rows(reference_norms.norm_modulate(x, *signals).flatten(0, 1))
 
 
-# ops by name, and what a network runs without them
-EAGER = {
-    "norm_modulate_int8": lambda x, *signals: quantise_rows(modulate(x, *signals).to(x.dtype).flatten(0, 1)),
-    "norm_modulate": lambda x, *signals: modulate(x, *signals).to(x.dtype),
-    "norm_rotate": _rotate,
-    "add_gated": lambda x, y, gate: torch.addcmul(x, y, gate.to(x.dtype)),
+# ops by name, and what a network runs without them: the twins
+EAGER = {"norm_modulate_int8": quantised} | {
+    name: getattr(reference_norms, name) for name in ("norm_modulate", "norm_rotate", "add_gated")
 }
 
 
@@ -92,10 +85,7 @@ def report(name: str, inputs: tuple[Tensor, ...], options: Options, console: Con
 def main() -> None:
     """Gate, time, print."""
     options = parse(Options, sys.argv[1:])
-    if not torch.cuda.is_available():
-        raise UserError("this times a GPU and there is none here; the tests in tests/kernels run without")
-    console = Console(width=130)
-    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, by token {options.by_token}")
+    console = gpu_console(f"by token {options.by_token}")
     for tokens in map(int, options.tokens.split(",")):
         for width in map(int, options.widths.split(",")):
             console.print(f"{tokens} tokens x {width}")

@@ -28,12 +28,11 @@ from kernels.block_sparse import sparse_attention
 from kernels.block_sparse_int8 import ALLOWED, sparse_attention_int8
 from kernels.linear_attention import linear_attention, plain
 from kernels.selftest import error_share, poisoned
-from tools.bench.flash_jvp import measure
+from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
 from tools.options import parse
 from turbodiffusion.attention import SparseLinearAttention
 from turbodiffusion.errors import UserError
 
-BANDWIDTH = 4.3e12
 # bf16 rounds at 2e-3 of a number's size, a few times on the way
 LIMITS = {"bf16": 1e-2, "8 bits": ALLOWED["e4m3"], "gradients": 1e-2, "tangent": 1e-2}
 
@@ -234,23 +233,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v)
 
 
-def repeated(fn: Callable[[], object], calls: int) -> None:
-    """Several calls, so that launching the first is hidden behind running the others."""
-    for _ in range(calls):
-        fn()
-
-
 @torch.no_grad()
 def main() -> None:
     """Gate, time, print."""
     options = parse(Options, sys.argv[1:])
-    if not torch.cuda.is_available():
-        raise UserError("this times a GPU and there is none here; the tests in tests/kernels run without")
-    console = Console(width=130)
     blocks = f"blocks of {options.block_q} queries and {options.block_k} keys"
-    console.print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, width {options.width}, {blocks}"
-    )
+    console = gpu_console(f"width {options.width}, {blocks}")
     given = (
         map(kind, text.split(","))
         for kind, text in ((int, options.heads), (int, options.tokens), (float, options.ratio))

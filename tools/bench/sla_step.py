@@ -23,7 +23,7 @@ from distill.conditioning import Example
 from distill.objective import Parts
 from distill.recipes import Hardware
 from distill.trainer import Plan, Trainer
-from tools.bench.forward import network_inputs, random_network
+from tools.bench.forward import latent_size, network_inputs, random_network
 from tools.options import parse
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import CONFIGS, variant
@@ -90,9 +90,7 @@ def main() -> None:
     """Build anew for every mode, time, print."""
     options = parse(Options, sys.argv[1:])
     device, row, console = torch.device(options.device), variant(options.variant), Console(width=130)
-    factor = 16 if row.vae == "wan2.2" else 8
-    width, height = (int(side) // factor for side in options.size.split("x"))
-    inputs = network_inputs(row, ((options.frames - 1) // 4 + 1, height, width), device)
+    inputs = network_inputs(row, latent_size(row, options.size, options.frames), device)
     example = Example(inputs["x"], inputs["context"], inputs["condition"], inputs["clip"])
     name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
     console.print(

@@ -31,7 +31,7 @@ from distill.objective import unwatched
 from distill.precision import Masters
 from distill.rcm import RCM
 from distill.recipes import Hardware
-from tools.bench.forward import network_inputs, random_network
+from tools.bench.forward import latent_size, network_inputs, random_network
 from tools.bench.train_block import REST, Clock, floors, time_block
 from tools.options import parse
 from turbodiffusion.models.wan import WanModel
@@ -177,10 +177,8 @@ def main() -> None:
     """Build, time, print."""
     options = parse(Options, sys.argv[1:])
     device, row, console = torch.device(options.device), variant(options.variant), Console(width=120)
-    factor = 16 if row.vae == "wan2.2" else 8
-    width, height = (int(side) // factor for side in options.size.split("x"))
-    size = ((options.frames - 1) // 4 + 1, height, width)
-    grid = (size[0], height // 2, width // 2)
+    size = latent_size(row, options.size, options.frames)
+    grid = (size[0], size[1] // 2, size[2] // 2)
     name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
     console.print(
         f"{row.name} {options.size} {options.frames} frames, bf16, {name}, torch {torch.__version__}"
