@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kernels import reference
-from kernels.block_sparse import BLOCKS, HEAD_WIDTHS, Trial, sparse_attention
+from kernels.block_sparse import BLOCKS, HEAD_WIDTHS, Trial, masked_attention, sparse_attention
 from kernels.block_sparse_int8 import ALLOWED, sparse_attention_int8
 from tests.kernels.judging import error
 
@@ -40,6 +40,16 @@ def test_on_a_cpu_the_twin_runs_with_its_derivatives() -> None:
     assert error(got, (ahead - behind) / (2 * h)) < 1e-7
     low = [x.bfloat16() for x in primals]
     assert attend(*low).dtype == torch.bfloat16
+
+
+def test_a_mask_keeps_what_is_listed() -> None:
+    """Also with blocks that neither 70 rows nor 90 keys are multiples of, of two sizes."""
+    sizes = {"block_q": 8, "block_k": 4}
+    q, k, v, _ = draw()
+    index = reference.block_map(q, k, **sizes, ratio=0.1)
+    wanted, _ = reference.sparse_attention(q, k, v, index, **sizes)
+    # fp64, summed in another order
+    assert error(masked_attention(q, k, v, index, **sizes), wanted) < 1e-14
 
 
 @pytest.mark.parametrize("op", [sparse_attention, sparse_attention_int8])
