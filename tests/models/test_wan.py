@@ -117,6 +117,29 @@ def test_short_text_is_padded_with_zeros_that_are_attended_to() -> None:
     )
 
 
+@pytest.mark.parametrize("task", ["t2v", "flf2v_clip"])
+@pytest.mark.parametrize("memorise", [False, True])
+@torch.no_grad()
+def test_prepared_conditions_serve_every_step_to_the_bit(task: str, memorise: bool) -> None:
+    model = random_model(task)
+    data = inputs(model)
+    prepared = model.prepare(data["x"], data["context"][:, :5], data["clip"], memorise=memorise)
+    for time in (987.0, 251.0):
+        times, x = torch.tensor([time, 500.0]), torch.randn_like(data["x"])
+        wanted = model(x, times, data["context"][:, :5], condition=data["condition"], clip=data["clip"])
+        assert torch.equal(model(x, times, prepared, condition=data["condition"]), wanted)
+
+
+@torch.no_grad()
+def test_prepared_keys_and_values_are_not_computed_again() -> None:
+    model = random_model("flf2v_clip")
+    data = inputs(model)
+    prepared = model.prepare(data["x"], data["context"], data["clip"])
+    for part in (model.text_embedding, model.img_emb, *(b.cross_attn.k for b in model.blocks)):
+        part.register_forward_pre_hook(lambda *_: pytest.fail("what was prepared is computed again"))
+    model(data["x"], torch.zeros(2), prepared, condition=data["condition"])
+
+
 @torch.no_grad()
 def test_bf16_stays_near_fp32_and_returns_fp32() -> None:
     model = random_model("i2v_clip")

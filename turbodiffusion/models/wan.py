@@ -5,6 +5,7 @@ Parameter names are those of the published Wan files.
 """
 
 import re
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.norms import add_gated, norm_modulate, norm_rotate
-from turbodiffusion.attention import DENSE, Attention, DenseAttention, chosen, make_core
+from turbodiffusion.attention import DENSE, Attention, chosen, make_core
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.cross_attention import CrossAttention, Memory
 from turbodiffusion.models.layers import LayerNorm, RMSNorm, linear_fp32, sinusoids
 from turbodiffusion.models.rope import rotary_table
 
@@ -21,6 +23,16 @@ PATCH = (1, 2, 2)
 CLIP_DIM = 1280
 CLIP_TOKENS = 257
 FP32_NAMES = re.compile(r"(^|\.)(modulation|scale|(norm\w+|img_emb\.proj\.[04])\.(weight|bias))$")
+
+
+class Conditions(NamedTuple):
+    """What a network makes of texts, pictures and the latents' shape: the same at every step.
+
+    table: rotary, of L tokens.  blocks: by its index, the text and the image that a block is given.
+    """
+
+    table: tuple[Tensor, Tensor]
+    blocks: dict[int, tuple[Tensor | Memory, Tensor | Memory | None]]
 
 
 class SelfAttention(nn.Module):
@@ -41,33 +53,6 @@ class SelfAttention(nn.Module):
         return self.o(rearrange(out, "b n l d -> b l (n d)"))
 
 
-class CrossAttention(nn.Module):
-    """Attention from video tokens to text and, for models with a CLIP tower, to image tokens; always dense.
-
-    x (B, L, E), text (B, S, E), image (B, I, E) or None -> (B, L, E).
-    """
-
-    def __init__(self, dim: int, heads: int, has_image: bool):
-        super().__init__()
-        self.heads, self.core = heads, DenseAttention()
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-        if has_image:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
-            self.norm_k_img = RMSNorm(dim)
-
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        q = self.norm_q(self.q(x))
-        out = self._attend(q, self.norm_k(self.k(text)), self.v(text))
-        if image is not None:
-            out = out + self._attend(q, self.norm_k_img(self.k_img(image)), self.v_img(image))
-        return self.o(out)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.heads) for y in (q, k, v))
-        return rearrange(self.core(q, k, v), "b n l d -> b l (n d)")
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward; time modulates the first and the last.
 
@@ -85,7 +70,12 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, time: Tensor, table: tuple[Tensor, Tensor], text: Tensor, image: Tensor | None
+        self,
+        x: Tensor,
+        time: Tensor,
+        table: tuple[Tensor, Tensor],
+        text: Tensor | Memory,
+        image: Tensor | Memory | None,
     ) -> Tensor:
         def signal(i: int) -> Tensor:  # one at a time: with per-token times each is as large as fp32 tokens
             return self.modulation[:, i].float() + time[:, :, i]
@@ -210,11 +200,30 @@ class WanModel(nn.Module):
         """The modules to shard, checkpoint, offload or compile one by one, in the order they run."""
         return list(self.blocks)
 
+    def prepare(
+        self, x: Tensor, context: Tensor, clip: Tensor | None = None, *, memorise: bool = True
+    ) -> Conditions:
+        """What stays the same over the steps, for `forward` to take in place of the context.
+
+        x (B, C, T, H, W): any latents of the shape to come; context and clip as `forward` takes them.
+        memorise=False leaves keys and values to the blocks, each of which makes its own when it runs.
+        """
+        self._check(context, clip)
+        grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
+        table = rotary_table(grid, self.config["dim"] // self.config["heads"], x.device)
+        dtype, missing = self.patch_embedding.weight.dtype, self.config["text_length"] - context.shape[1]
+        text = self.text_embedding(F.pad(context.to(dtype), (0, 0, 0, missing)))
+        image = None if clip is None else self.img_emb(clip.to(dtype))
+        given = (
+            block.cross_attn.memorise(text, image) if memorise else (text, image) for block in self.blocks
+        )
+        return Conditions(table, dict(enumerate(given)))
+
     def forward(
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        context: Tensor | Conditions,
         *,
         condition: Tensor | None = None,
         clip: Tensor | None = None,
@@ -223,38 +232,33 @@ class WanModel(nn.Module):
 
         x (B, C, T, H, W); timesteps (B,) or per token (B, L), from 0 (clean) to 1000 (noise); context
         (B, S, text_dim), zero-padded here to text_length since Wan attends to the padding; condition
-        (B, in - C, T, H, W): mask and image latents; clip (B, 257 or 514, 1280).  Raises UserError for
-        shapes that do not fit.
+        (B, in - C, T, H, W): mask and image latents; clip (B, 257 or 514, 1280).  Prepared conditions hold
+        context and clip; the blocks that they name run.  Raises UserError for shapes that do not fit.
         """
-        self._check(x, context, condition, clip)
-        grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
-        table = rotary_table(grid, self.config["dim"] // self.config["heads"], x.device)
-        tokens = self._patchify(x if condition is None else torch.cat((x, condition.to(x.dtype)), dim=1))
-        e, time = self._embed_time(timesteps)
-        context = F.pad(context.to(tokens.dtype), (0, 0, 0, self.config["text_length"] - context.shape[1]))
-        text = self.text_embedding(context)
-        image = None if clip is None else self.img_emb(clip.to(tokens.dtype))
-        for block in self.blocks:
-            tokens = block(tokens, time, table, text, image)
-        t, h, w = grid
-        return rearrange(
-            self.head(tokens, e),
-            "b (t h w) (p q c) -> b c t (h p) (w q)",
-            t=t,
-            h=h,
-            w=w,
-            p=PATCH[1],
-            q=PATCH[2],
-        )
-
-    def _check(self, x: Tensor, context: Tensor, condition: Tensor | None, clip: Tensor | None) -> None:
         channels = x.shape[1] + (0 if condition is None else condition.shape[1])
         if channels != self.config["in_channels"]:
             raise UserError(
                 f"got {channels} input channels with the condition, wanted {self.config['in_channels']}"
             )
-        if x.shape[3] % 2 or x.shape[4] % 2:
+        if x.shape[3] % PATCH[1] or x.shape[4] % PATCH[2]:
             raise UserError(f"latent height and width {tuple(x.shape[3:])} must be even")
+        # else each block makes its own keys and values: its weights may be elsewhere until it runs
+        prepared = isinstance(context, Conditions)
+        known = context if prepared else self.prepare(x, context, clip, memorise=False)
+        tokens = self._patchify(x if condition is None else torch.cat((x, condition.to(x.dtype)), dim=1))
+        e, time = self._embed_time(timesteps)
+        for i, (text, image) in known.blocks.items():
+            tokens = self.blocks[i](tokens, time, known.table, text, image)
+        return rearrange(
+            self.head(tokens, e),
+            "b (t h w) (p q c) -> b c t (h p) (w q)",
+            t=x.shape[2],
+            h=x.shape[3] // PATCH[1],
+            p=PATCH[1],
+            q=PATCH[2],
+        )
+
+    def _check(self, context: Tensor, clip: Tensor | None) -> None:
         if context.shape[1] > self.config["text_length"]:
             raise UserError(f"got {context.shape[1]} text tokens, at most {self.config['text_length']} fit")
         tokens = 0 if clip is None else clip.shape[1]
