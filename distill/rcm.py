@@ -3,7 +3,7 @@
 Shapes: B samples, C latent channels, T h w latent frames, height, width, S text tokens, E width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,7 +45,7 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Matching:
-    """The half that matches what the student makes, in 1 to max_steps steps, to the teacher's distribution.
+    """The half that matches what the student makes, in so many steps, to the teacher's distribution.
 
     The student takes one turn in student_every, a critic that learns what it makes all others.
     """
@@ -54,7 +54,7 @@ class Matching:
     rollout: RandomRollout | FixedRollout
     weight: float = 1.0
     student_every: int = 5
-    max_steps: int = 4
+    steps: Sequence[int] = (1, 2, 3, 4)  # that the student is simulated with, in turn
     loss: DMDLoss = field(default_factory=DMDLoss)
     critic: CriticLoss = field(default_factory=CriticLoss)
 
@@ -62,11 +62,11 @@ class Matching:
         _check_weight("matching", self.weight)
         if self.student_every < 2:
             raise UserError(f"student_every={self.student_every}: at least 2, or the critic never learns")
-        if self.max_steps < 1:
-            raise UserError(f"max_steps={self.max_steps}: simulate at least one")
+        if not self.steps or min(self.steps) < 1:
+            raise UserError(f"steps={list(self.steps)}: simulate at least one")
         if isinstance(self.rollout, FixedRollout):
             # refuses here, rather than in the middle of a run, what it has no times for
-            self.rollout(self.max_steps, 1, Generator())
+            self.rollout(max(self.steps), 1, Generator())
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class Method:
         return self.warmup_steps + late // self.matching.student_every
 
     def rollout_steps(self, step: int) -> int:
-        """How many steps whoever has the turn simulates the student with: 1, 2 ... max_steps in turn."""
+        """How many steps whoever has the turn simulates the student with."""
         updates = self.student_updates(step)
         if not self.is_student_turn(step):
             updates = step - updates - 1
-        return updates % self.matching.max_steps + 1
+        return self.matching.steps[updates % len(self.matching.steps)]
 
     def build(
         self, student: nn.Module, teacher: nn.Module, critic: nn.Module | None, negative: Tensor | None

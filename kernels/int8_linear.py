@@ -21,6 +21,23 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALLOWED = 1e-4
 
 
+class Tokens(NamedTuple):
+    """Tokens in 8 bits, for all the layers that read them: counts (..., K) int8 of steps (...) fp32.
+
+    dtype: what they were, and what layers give.
+    """
+
+    counts: Tensor
+    steps: Tensor
+    dtype: torch.dtype
+
+
+def quantise_tokens(x: Tensor) -> Tokens:
+    """quantise_rows of x (..., K), the last axis a row."""
+    counts, steps = quantise_rows(x.reshape(-1, x.shape[-1]))
+    return Tokens(counts.view(x.shape), steps.view(x.shape[:-1]), x.dtype)
+
+
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, K) in steps of the 127th of each row's largest number -> int8 (M, K), steps (M,) fp32.
 
@@ -37,64 +54,112 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_product(
-    x: Tensor,
-    x_step: Tensor,
+    x: Tokens,
     weight: Tensor,
     weight_step: Tensor,
     bias: Tensor | None = None,
     *,
-    dtype: torch.dtype,
     gelu: bool = False,
-) -> Tensor:
-    """(x x_step) (weight weight_step)^T + bias, through tanh's GELU if asked for.
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
+    parts: int = 1,
+) -> tuple[Tensor, ...]:
+    """x (weight weight_step)^T + bias, through tanh's GELU if asked for; and add + gate times that.
 
-    x (M, K) and weight (N, K) int8, steps (M,) and (N,) fp32 as from quantise_rows, bias (N,) -> (M, N) in
-    dtype, rounded once.  Raises ValueError for shapes or dtypes that do not fit each other.
+    x (M, K); weight (parts N, K) int8, steps (parts N,) fp32 as from quantise_rows, bias (parts N,); add
+    (M, N), gate (G, N), a row of which belongs to M / G rows -> (M, N) for each part, as many weights one
+    under another, in x's dtype, rounded once.  Raises ValueError for shapes or dtypes that do not fit.
     """
-    _check(x, x_step, weight, weight_step, bias, dtype)
-    tensors = x, x_step, weight, weight_step, bias
-    if not _runs_in_triton(x):
-        return reference_int8.product(*tensors, gelu=gelu).to(dtype)
+    _check(x, weight, weight_step, bias, parts)
+    _check_sum(x, weight, add, gate)
+    tensors = x.counts, x.steps, weight, weight_step, bias, add, gate
+    if not _runs_in_triton(weight):
+        y = reference_int8.product(*tensors, gelu=gelu).to(x.dtype)
+        return y.chunk(parts, 1)
     from kernels import int8_linear_triton as kernels
 
-    return kernels.product(*tensors, dtype=dtype, gelu=gelu, form=_form(x, weight, dtype, gelu))
+    finish = kernels.Finish(gelu, gate is not None, gate is None or len(gate) == 1, parts)
+    form = _form(x, weight, add, finish)
+    return kernels.product(*tensors, dtype=x.dtype, finish=finish, form=form)
 
 
 def int8_linear(
-    x: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+    x: Tensor | Tokens,
+    weight: Tensor,
+    weight_step: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """F.linear of x (..., K), quantised by tokens, and a quantised weight (N, K) -> (..., N) in x's dtype.
+    """F.linear of x (B, ..., K), quantised by tokens, and a quantised weight (N, K) -> (B, ..., N).
 
-    Raises ValueError for shapes or dtypes that do not fit, and where a derivative is asked for.
+    gelu: through tanh's GELU.  add (B, L, N): add + gate times that, gate (B or 1, L or 1, N).  Raises
+    ValueError for shapes or dtypes that do not fit, and where a derivative is asked for.
     """
-    if are_differentiated(x):
+    tokens = _tokens(x, add, gate)
+    if add is not None:
+        if gate.shape[:2] != (1, 1):
+            gate = gate.expand(len(add), -1, -1)
+        add, gate = add.flatten(0, 1), gate.flatten(0, 1)
+    (y,) = int8_product(_rows(tokens), weight, weight_step, bias, gelu=gelu, add=add, gate=gate)
+    return y.unflatten(0, tokens.steps.shape)
+
+
+def int8_linears(
+    x: Tensor | Tokens, weight: Tensor, weight_step: Tensor, bias: Tensor | None, parts: int
+) -> tuple[Tensor, ...]:
+    """int8_linear for so many weights of one size, one under another, by one product -> (..., N) of each."""
+    tokens = _tokens(x)
+    outputs = int8_product(_rows(tokens), weight, weight_step, bias, parts=parts)
+    return tuple(y.unflatten(0, tokens.steps.shape) for y in outputs)
+
+
+def _tokens(x: Tensor | Tokens, *others: Tensor | None) -> Tokens:
+    """x in 8 bits; ValueError where a derivative of it, or of the others, is asked for."""
+    floats = [t for t in (x, *others) if isinstance(t, Tensor)]
+    if are_differentiated(*floats):
         raise ValueError("an 8-bit linear layer has no derivatives; call it under torch.no_grad()")
-    tokens = quantise_rows(x.reshape(-1, x.shape[-1]))
-    y = int8_product(*tokens, weight, weight_step, bias, dtype=x.dtype, gelu=gelu)
-    return y.view(*x.shape[:-1], -1)
+    return quantise_tokens(x) if isinstance(x, Tensor) else x
 
 
-def _check(
-    x: Tensor, x_step: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> None:
-    """Raise ValueError unless the arguments of int8_product fit each other."""
+def _rows(x: Tokens) -> Tokens:
+    return x._replace(counts=x.counts.flatten(0, -2), steps=x.steps.flatten())
+
+
+def _check(x: Tokens, weight: Tensor, weight_step: Tensor, bias: Tensor | None, parts: int) -> None:
+    """Raise ValueError unless tokens and weights of int8_product fit each other."""
+    counts, steps, dtype = x
     _check_dtype(dtype)
-    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1]
-    fits = fits and x_step.shape == x.shape[:1] and weight_step.shape == weight.shape[:1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = ", ".join(str(None if t is None else tuple(t.shape)) for t in (x_step, weight_step, bias))
+    fits = counts.ndim == weight.ndim == 2 and counts.shape[1] == weight.shape[1]
+    fits = fits and steps.shape == counts.shape[:1] and weight_step.shape == weight.shape[:1]
+    if not fits or len(weight) % parts or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(str(None if t is None else tuple(t.shape)) for t in (steps, weight_step, bias))
         raise ValueError(
-            f"got x {tuple(x.shape)}, weight {tuple(weight.shape)} and their steps and bias {shapes}; wanted "
-            "(M, K), (N, K) and (M,), (N,), (N,)"
+            f"got x {tuple(counts.shape)}, weight {tuple(weight.shape)} and their steps and bias {shapes}; "
+            f"wanted (M, K), (N, K) and (M,), (N,), (N,), N a multiple of {parts}"
         )
     for name, tensor, wanted in (
-        ("x", x, torch.int8),
+        ("x", counts, torch.int8),
         ("weight", weight, torch.int8),
-        ("x_step", x_step, torch.float32),
+        ("x_step", steps, torch.float32),
         ("weight_step", weight_step, torch.float32),
     ):
         if tensor.dtype != wanted:
             raise ValueError(f"got {name} in {tensor.dtype}, wanted {wanted}")
+
+
+def _check_sum(x: Tokens, weight: Tensor, add: Tensor | None, gate: Tensor | None) -> None:
+    """Raise ValueError unless add and gate fit the outputs, or neither is there."""
+    if add is None and gate is None:
+        return
+    M, N = len(x.counts), len(weight)
+    shapes = [None if t is None else tuple(t.shape) for t in (add, gate)]
+    if None in shapes or shapes[0] != (M, N) or shapes[1][1:] != (N,) or M % shapes[1][0]:
+        raise ValueError(f"got add and gate {shapes}, wanted ({M}, {N}) and (a divisor of {M}, {N})")
+    if add.dtype != x.dtype:
+        raise ValueError(f"got numbers in {add.dtype} to add to, wanted {x.dtype}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -106,42 +171,47 @@ def _runs_in_triton(x: Tensor) -> bool:
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _form(x: Tensor, weight: Tensor, dtype: torch.dtype, gelu: bool) -> NamedTuple:
+def _form(x: Tokens, weight: Tensor, add: Tensor | None, finish: NamedTuple) -> NamedTuple:
     """How to run the kernel of products where x is."""
     from kernels import int8_linear_triton as kernels
 
-    aligned = kernels.takes_descriptors(x, weight, dtype)
-    if x.is_cuda:
-        return _sound_form(x.device, dtype, gelu, aligned)
+    aligned = kernels.takes_descriptors(x.counts, weight, x.dtype, add, finish.parts)
+    if weight.is_cuda:
+        return _sound_form(weight.device, x.dtype, finish, aligned)
     return kernels.forms_for(0, aligned)[0]
 
 
 @cache
-def _sound_form(device: torch.device, dtype: torch.dtype, gelu: bool, aligned: bool) -> NamedTuple:
+def _sound_form(device: torch.device, dtype: torch.dtype, finish: NamedTuple, aligned: bool) -> NamedTuple:
     """The first form that is right on that GPU."""
     from kernels import int8_linear_triton as kernels
 
     major, minor = torch.cuda.get_device_capability(device)
-    trial = Trial(device, dtype, gelu)
+    trial = Trial(device, dtype, finish)
     forms = {str(tuple(form)): form for form in kernels.forms_for(10 * major + minor, aligned)}
     return first_sound("8-bit linear layer", forms, trial.share)
 
 
 class Trial:
-    """Products of several tiles for each multiprocessor, with ragged ends along each axis."""
+    """Products of several tiles for each multiprocessor, with ragged ends along each axis.
+
+    finish: of kernels/int8_linear_triton.py, what becomes of them.
+    """
 
     SIZES = (2200, 1040, 1040)
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, gelu: bool):
+    def __init__(self, device: torch.device, dtype: torch.dtype, finish: NamedTuple):
         generator = torch.Generator(device).manual_seed(0)
         M, N, K = self.SIZES
-        self.x, weight, self.bias = (
-            torch.randn(size, generator=generator, device=device).to(dtype) for size in ((M, K), (N, K), (N,))
-        )
-        self.weight = reference_int8.quantise_rows(weight)
-        self.gelu = gelu
-        tokens = reference_int8.quantise_rows(self.x)
-        self.truth = reference_int8.product(*tokens, *self.weight, self.bias, gelu=gelu).to(dtype)
+        columns = N * finish.parts
+        sizes = ((M, K), (columns, K), (columns,), (M, N), (1 if finish.is_one else M // 2, N))
+        drawn = (torch.randn(size, generator=generator, device=device) for size in sizes)
+        self.x, weight, bias, add, gate = (t.to(dtype) for t in drawn)
+        others = (add, gate.float()) if finish.gated else ()
+        self.layer = *reference_int8.quantise_rows(weight), bias, *others
+        self.finish = finish
+        y = reference_int8.product(*reference_int8.quantise_rows(self.x), *self.layer, gelu=finish.gelu)
+        self.truth = [part.double() for part in y.to(dtype).chunk(finish.parts, 1)]
 
     def share(self, form: NamedTuple) -> float:
         """Error of a form of the kernels, as a share of what is allowed it."""
@@ -149,7 +219,5 @@ class Trial:
 
         with poisoned():
             tokens = kernels.quantise_rows(self.x)
-            y = kernels.product(
-                *tokens, *self.weight, self.bias, dtype=self.x.dtype, gelu=self.gelu, form=form
-            )
-        return error_share((y,), (self.truth.double(),), ALLOWED)
+            y = kernels.product(*tokens, *self.layer, dtype=self.x.dtype, finish=self.finish, form=form)
+        return error_share(y, self.truth, ALLOWED)

@@ -26,8 +26,9 @@ ALIGNMENT = 16
 class Form(NamedTuple):
     """How products are laid out: a tile's rows, columns and depth, warps, stages of the load pipeline.
 
-    tma: loads and stores by descriptors, each program computing one tile after another.  specialised: with
-    warps of their own to load; Triton 3.6 has built such kernels that race, so only after a trial.
+    tma: loads and stores by descriptors, each program computing one tile after another.  halves: a tile is
+    finished by halves of its columns, which leaves registers and shared memory.  specialised: with warps of
+    their own to load; Triton 3.6 has built such kernels that race, so only after a trial.
     """
 
     rows: int
@@ -36,13 +37,27 @@ class Form(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    halves: bool = False
     specialised: bool = False
+
+
+class Finish(NamedTuple):
+    """What becomes of the sums of a tile, beside steps and bias.
+
+    gated: added to other numbers, times a gate, which is_one row for all or a row for some each.  parts: as
+    many weights one under another, each with outputs of its own.
+    """
+
+    gelu: bool = False
+    gated: bool = False
+    is_one: bool = True
+    parts: int = 1
 
 
 # tests/kernels/test_int8_linear_compile.py holds them to limits
 PORTABLE = Form(128, 128, 64, 8, 4)
-HOPPER = Form(128, 256, 128, 8, 3, tma=True)
-SPECIALISED = Form(128, 256, 128, 4, 3, tma=True, specialised=True)
+HOPPER = Form(128, 256, 128, 8, 4, tma=True, halves=True)
+SPECIALISED = Form(128, 256, 128, 4, 3, tma=True, halves=True, specialised=True)
 
 
 def forms_for(capability: int, aligned: bool) -> list[Form]:
@@ -50,11 +65,11 @@ def forms_for(capability: int, aligned: bool) -> list[Form]:
     return [HOPPER, PORTABLE] if capability == 90 and aligned else [PORTABLE]
 
 
-def takes_descriptors(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether rows of x (M, K), weight (N, K) and 16-bit outputs (M, N) lie as descriptors demand."""
-    N, K = weight.shape
-    starts = (x.data_ptr(), weight.data_ptr())
-    return dtype.itemsize == 2 and not any(size % ALIGNMENT for size in (K, 2 * N, *starts))
+def takes_descriptors(x: Tensor, weight: Tensor, dtype: torch.dtype, add: Tensor | None, parts: int) -> bool:
+    """Whether rows of x, weight and 16-bit outputs and what they are added to lie as descriptors demand."""
+    sizes = (x.shape[1], 2 * weight.shape[0] // parts)
+    starts = (t.data_ptr() for t in (x, weight, add) if t is not None)
+    return dtype.itemsize == 2 and not any(size % ALIGNMENT for size in (*sizes, *starts))
 
 
 @triton.jit(do_not_specialize=("M",))
@@ -111,40 +126,73 @@ def _store(y, tile, row, column, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr
         tl.store(ptr, tile.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=("M",))
+@triton.jit
+def _split(tile, HALVES: tl.constexpr):
+    """A tile, or its left and its right half."""
+    if HALVES:
+        halves = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+        tiles = tl.split(tl.permute(halves, [0, 2, 1]))
+    else:
+        tiles = (tile,)
+    return tiles
+
+
+@triton.jit(do_not_specialize=("M", "HEIGHT", "EVERY"))
 def product_kernel(
-    x_ptr, w_ptr, x_step_ptr, w_step_ptr, bias_ptr, y_ptr, M, N, K,
+    x_ptr, w_ptr, x_step_ptr, w_step_ptr, bias_ptr, add_ptr, gate_ptr, y_ptr, M, N, K, HEIGHT, EVERY,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
-    GROUP: tl.constexpr, SPECIALISED: tl.constexpr, GELU: tl.constexpr,
+    HALVES: tl.constexpr, GROUP: tl.constexpr, SPECIALISED: tl.constexpr,
+    GELU: tl.constexpr, IS_ONE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) of int8 x (M, K) and w (N, K), each in its rows' steps; bias (N,) or None."""
+    """y (PARTS, HEIGHT, N), of which M rows count, of int8 x (M, K) and w (PARTS, N, K) in their rows' steps.
+
+    bias (PARTS, N) or None.  add (M, N), or None, plus gate (M / EVERY, N) times the rest; IS_ONE: (1, N).
+    """
+    WIDTH: tl.constexpr = COLUMNS // 2 if HALVES else COLUMNS
     x_tiles = _matrix(x_ptr, M, K, ROWS, DEPTH, TMA)
-    w_tiles = _matrix(w_ptr, N, K, COLUMNS, DEPTH, TMA)
-    y_tiles = _matrix(y_ptr, M, N, ROWS, COLUMNS, TMA)
+    w_tiles = _matrix(w_ptr, PARTS * N, K, COLUMNS, DEPTH, TMA)
+    y_tiles = _matrix(y_ptr, PARTS * HEIGHT, N, ROWS, WIDTH, TMA)
+    add_tiles = y_tiles if add_ptr is None else _matrix(add_ptr, M, N, ROWS, WIDTH, TMA)
     down = tl.cdiv(M, ROWS)
-    across = tl.cdiv(N, COLUMNS)
+    within = tl.cdiv(N, COLUMNS)
+    across = PARTS * within
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), warp_specialize=SPECIALISED):
         group = tile // (GROUP * across) * GROUP
         height = tl.minimum(down - group, GROUP)
         place = tile % (GROUP * across)
         row = (group + place % height) * ROWS
-        column = place // height * COLUMNS
+        part = place // height // within
+        first = place // height % within * COLUMNS
         sums = tl.zeros([ROWS, COLUMNS], tl.int32)
         for k in range(0, K, DEPTH):
             x = _load(x_tiles, row, k, M, K, ROWS, DEPTH, TMA)
-            w = _load(w_tiles, column, k, N, K, COLUMNS, DEPTH, TMA)
+            # what belongs to the next part lies right of this one's end, and is not stored
+            w = _load(w_tiles, part * N + first, k, PARTS * N, K, COLUMNS, DEPTH, TMA)
             sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
         rows = row + tl.arange(0, ROWS)
-        columns = column + tl.arange(0, COLUMNS)
         x_step = tl.load(x_step_ptr + rows, mask=rows < M, other=0.0)
-        w_step = tl.load(w_step_ptr + columns, mask=columns < N, other=0.0)
-        y = sums.to(tl.float32) * x_step[:, None] * w_step[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        if GELU:
-            # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which loses nothing where it is small
-            y = y / (1.0 + tl.exp2((y + 0.044715 * y * y * y) * GELU_SLOPE))
-        _store(y_tiles, y, row, column, M, N, ROWS, COLUMNS, TMA)
+        halves = _split(sums, HALVES)
+        for i in tl.static_range(len(halves)):
+            column = first + i * WIDTH
+            columns = column + tl.arange(0, WIDTH)
+            channels = part * N + columns
+            w_step = tl.load(w_step_ptr + channels, mask=columns < N, other=0.0)
+            y = halves[i].to(tl.float32) * x_step[:, None] * w_step[None, :]
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + channels, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            if GELU:
+                # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which loses nothing where it is small
+                y = y / (1.0 + tl.exp2((y + 0.044715 * y * y * y) * GELU_SLOPE))
+            if add_ptr is not None:
+                if IS_ONE:
+                    gate = tl.load(gate_ptr + columns, mask=columns < N, other=0.0)[None, :]
+                else:
+                    gate_row = (rows // EVERY).to(tl.int64)[:, None] * N
+                    inside = (rows < M)[:, None] & (columns < N)[None, :]
+                    gate = tl.load(gate_ptr + (gate_row + columns[None, :]), mask=inside, other=0.0)
+                y = _load(add_tiles, row, column, M, N, ROWS, WIDTH, TMA).to(tl.float32) + gate * y
+            above = part * HEIGHT
+            _store(y_tiles, y, above + row, column, above + M, N, ROWS, WIDTH, TMA)
 
 
 def quantise_options(K: int) -> dict[str, int | bool]:
@@ -160,16 +208,19 @@ def quantise_options(K: int) -> dict[str, int | bool]:
     }
 
 
-def product_options(form: Form, gelu: bool) -> dict[str, int | bool]:
+def product_options(form: Form, finish: Finish) -> dict[str, int | bool]:
     """The compile-time arguments and launch options of product_kernel."""
     return {
         "ROWS": form.rows,
         "COLUMNS": form.columns,
         "DEPTH": form.depth,
         "TMA": form.tma,
+        "HALVES": form.halves,
         "GROUP": GROUP,
         "SPECIALISED": form.specialised,
-        "GELU": gelu,
+        "GELU": finish.gelu,
+        "IS_ONE": finish.is_one,
+        "PARTS": finish.parts,
         "num_warps": form.warps,
         "num_stages": form.stages,
         "enable_fp_fusion": False,
@@ -193,22 +244,27 @@ def product(
     weight: Tensor,
     weight_step: Tensor,
     bias: Tensor | None,
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
     *,
     dtype: torch.dtype,
-    gelu: bool,
+    finish: Finish,
     form: Form,
-) -> Tensor:
-    """Of x (M, K) and weight (N, K) in their steps, plus bias -> (M, N) in dtype."""
+) -> tuple[Tensor, ...]:
+    """Of x (M, K) and weight (parts N, K) in their steps, plus bias -> (M, N) in dtype for each part."""
     x, x_step, weight, weight_step = (t.contiguous() for t in (x, x_step, weight, weight_step))
-    bias = None if bias is None else bias.contiguous()
-    (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty(M, N, dtype=dtype, device=x.device)
-    programs = triton.cdiv(M, form.rows) * triton.cdiv(N, form.columns)
+    bias, add, gate = (None if t is None else t.contiguous() for t in (bias, add, gate))
+    (M, K), N = x.shape, weight.shape[0] // finish.parts
+    down = triton.cdiv(M, form.rows)
+    # a last tile of rows that is not a whole one must not reach into the next part
+    height = M if finish.parts == 1 else down * form.rows
+    y = torch.empty(finish.parts, height, N, dtype=dtype, device=x.device)
+    programs = down * finish.parts * triton.cdiv(N, form.columns)
+    every = 1 if gate is None else M // gate.shape[0]
     with torch.cuda.device_of(x):
         if form.tma:
             allow_descriptors(x.device)
             programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
-        product_kernel[(programs,)](
-            x, weight, x_step, weight_step, bias, y, M, N, K, **product_options(form, gelu)
-        )
-    return y
+        tensors = x, weight, x_step, weight_step, bias, add, gate, y
+        product_kernel[(programs,)](*tensors, M, N, K, height, every, **product_options(form, finish))
+    return y[:, :M].unbind(0)

@@ -19,12 +19,25 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(
-    x: Tensor, x_step: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None, *, gelu: bool
+    x: Tensor,
+    x_step: Tensor,
+    weight: Tensor,
+    weight_step: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    gelu: bool = False,
 ) -> Tensor:
-    """x (M, K) times weight (N, K), each in its rows' steps, plus bias (N,) -> (M, N) fp32; tanh's GELU."""
+    """x (M, K) times weight (N, K), each in its rows' steps, plus bias (N,) -> (M, N) fp32; tanh's GELU.
+
+    add (M, N): add + gate times that, of which a row (G, N) belongs to M / G rows.
+    """
     # fp64 is exact too; on a GPU PyTorch multiplies integers of few shapes
     sums = x.double() @ weight.double().mT if x.is_cuda else torch._int_mm(x, weight.mT)
     y = sums.float() * x_step.unsqueeze(1) * weight_step
     if bias is not None:
         y = y + bias.float()
-    return F.gelu(y, approximate="tanh") if gelu else y
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    return y if add is None else add + gate.float().repeat_interleave(len(x) // len(gate), 0) * y

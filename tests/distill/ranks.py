@@ -98,7 +98,7 @@ def rcm(shard: int) -> RCM:
     times = UniformShift(5.0)
     method = Method(
         Consistency(SCMLoss(warmup_steps=2), LogNormal(0.0, 1.0)),
-        Matching(times, RandomRollout(times), student_every=2, max_steps=2),
+        Matching(times, RandomRollout(times), student_every=2, steps=(1, 2)),
         guidance=2.0,
     )
     return RCM(method, student, teacher, critic, torch.zeros(1, 5, 16))

@@ -28,7 +28,7 @@ PUBLISHED = {
         "matching.times": UniformShift(5.0),
         "matching.rollout": RandomRollout(UniformShift(5.0)),
         "matching.student_every": 5,
-        "matching.max_steps": 4,
+        "matching.steps": [1, 2, 3, 4],
         "guidance": 5.0,
         "optims.default": (2e-6, (0.0, 0.999), 0.01, 100, "constant"),
         "optims.critic": (4e-7, (0.0, 0.999), 0.01, 100, "constant"),

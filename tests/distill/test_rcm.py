@@ -221,8 +221,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "precision=float32",
     ),
     "always the student": (lambda: matching(every=1), "student_every=1"),
-    "no simulation": (lambda: matching(max_steps=0), "max_steps=0"),
-    "fixed times": (lambda: Matching(UniformShift(5.0), FixedRollout(), max_steps=5), "5 steps"),
+    "no simulation": (lambda: matching(steps=()), "at least one"),
+    "fixed times": (lambda: Matching(UniformShift(5.0), FixedRollout(), steps=(1, 5)), "5 steps"),
     "times of dcm": (lambda: Consistency(DCMLoss(), LogNormal(0.7, 1.6)), "DiscreteTimes"),
     "times of scm": (lambda: Consistency(SCMLoss(), DiscreteTimes()), "DiscreteTimes"),
     "prompts": (

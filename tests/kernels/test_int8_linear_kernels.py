@@ -8,7 +8,15 @@ from torch import Tensor
 
 from kernels import int8_linear_triton as kernels
 from kernels import reference_int8
-from kernels.int8_linear import Trial, int8_linear, int8_product, quantise_rows
+from kernels.int8_linear import (
+    Trial,
+    int8_linear,
+    int8_linears,
+    int8_product,
+    quantise_rows,
+    quantise_tokens,
+)
+from kernels.int8_linear_triton import Finish
 from tests.kernels.judging import DEVICE, GPU
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
@@ -64,10 +72,47 @@ def test_rows_that_are_not_finite_give_nan_and_no_other_does(bad: float) -> None
 def test_products_are_the_twins_bit_for_bit(case: tuple[int, int, int]) -> None:
     x, weight, bias = draw(*case, BF16)
     x, weight = reference_int8.quantise_rows(x), reference_int8.quantise_rows(weight)
-    wanted = reference_int8.product(*x, *weight, bias, gelu=False).to(BF16)
-    for form in kernels.forms_for(CAPABILITY, kernels.takes_descriptors(x[0], weight[0], BF16)):
-        got = kernels.product(*x, *weight, bias, dtype=BF16, gelu=False, form=form)
+    wanted = reference_int8.product(*x, *weight, bias).to(BF16)
+    for form in kernels.forms_for(CAPABILITY, kernels.takes_descriptors(x[0], weight[0], BF16, None, 1)):
+        (got,) = kernels.product(*x, *weight, bias, dtype=BF16, finish=Finish(), form=form)
         assert torch.equal(got, wanted), form
+
+
+@pytest.mark.parametrize("sharing", ["all", "some", "one"])
+@pytest.mark.parametrize("case", CASES)
+def test_gated_sums_are_the_twins_bit_for_bit(case: tuple[int, int, int], sharing: str) -> None:
+    x, weight, bias = draw(*case, BF16)
+    M, _, N = case
+    x, weight = reference_int8.quantise_rows(x), reference_int8.quantise_rows(weight)
+    add = torch.randn(M, N).to(DEVICE, BF16)
+    rows = {"all": 1, "some": next(size for size in (5, 2, 1) if M % size == 0), "one": M}[sharing]
+    gate = torch.randn(rows, N, device=DEVICE)
+    wanted = reference_int8.product(*x, *weight, bias, add, gate).to(BF16)
+    finish = Finish(gated=True, is_one=rows == 1)
+    for form in kernels.forms_for(CAPABILITY, kernels.takes_descriptors(x[0], weight[0], BF16, add, 1)):
+        (got,) = kernels.product(*x, *weight, bias, add, gate, dtype=BF16, finish=finish, form=form)
+        assert torch.equal(got, wanted), form
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_are_layers_one_by_one(case: tuple[int, int, int]) -> None:
+    drawn = [draw(*case, BF16) for _ in range(3)]
+    x = quantise_tokens(drawn[0][0])
+    layers = [(*quantise_rows(weight), bias) for _, weight, bias in drawn]
+    together = (torch.cat(tensors) for tensors in zip(*layers, strict=True))
+    for got, layer in zip(int8_linears(x, *together, 3), layers, strict=True):
+        assert got.is_contiguous()
+        assert torch.equal(got, int8_linear(x, *layer))
+
+
+def test_gates_are_those_of_samples_or_tokens() -> None:
+    x, weight, bias = draw(15, 80, 72, FP32)
+    x, add = x.view(3, 5, 80), torch.randn(3, 5, 72, device=DEVICE)
+    y = int8_linear(x, *quantise_rows(weight), bias)
+    for shape in ((1, 1, 72), (3, 1, 72), (1, 5, 72), (3, 5, 72)):
+        gate = torch.randn(shape, device=DEVICE)
+        got = int8_linear(x, *quantise_rows(weight), bias, add=add, gate=gate)
+        assert torch.equal(got, add + gate * y)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -76,7 +121,7 @@ def test_other_outputs_and_no_bias(dtype: torch.dtype) -> None:
     x = x.clamp(-8, 8)  # no output beyond fp16
     got = int8_linear(x.view(5, 13, 80), *quantise_rows(weight))
     twin = reference_int8.product(
-        *reference_int8.quantise_rows(x), *reference_int8.quantise_rows(weight), None, gelu=False
+        *reference_int8.quantise_rows(x), *reference_int8.quantise_rows(weight), None
     )
     assert got.dtype == dtype
     assert torch.equal(got, twin.to(dtype).view(5, 13, 72))
@@ -85,10 +130,10 @@ def test_other_outputs_and_no_bias(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gelu(case: tuple[int, int, int]) -> None:
     x, weight, bias = draw(*case, FP32)
-    x, weight = quantise_rows(x), quantise_rows(weight)
-    y = reference_int8.product(*x, *weight, bias, gelu=False).double()
+    x, weight = quantise_tokens(x), quantise_rows(weight)
+    y = reference_int8.product(*x[:2], *weight, bias).double()
     truth = torch.nn.functional.gelu(y, approximate="tanh")
-    got = int8_product(*x, *weight, bias, dtype=FP32, gelu=True)
+    (got,) = int8_product(x, *weight, bias, gelu=True)
     # an exponential turns roundings of its argument, z, into z as many of its value, which matter while it is
     # not small beside 1 or y beside the outputs: up to z of about 16.  A GPU's exponential and quotient are
     # good to two more each
@@ -98,7 +143,14 @@ def test_gelu(case: tuple[int, int, int]) -> None:
 def test_trial_passes() -> None:
     if not GPU:
         pytest.skip("the trial is for GPUs; the interpreter takes minutes")
-    for dtype, gelu in product((BF16, FP16), (False, True)):
-        trial = Trial(torch.device(DEVICE), dtype, gelu)
+    finishes = [
+        Finish(),
+        Finish(gelu=True),
+        Finish(gated=True),
+        Finish(gated=True, is_one=False),
+        Finish(parts=3),
+    ]
+    for dtype, finish in product((BF16, FP16), finishes):
+        trial = Trial(torch.device(DEVICE), dtype, finish)
         for form in kernels.forms_for(CAPABILITY, True):
-            assert trial.share(form) <= 1, form
+            assert trial.share(form) <= 1, (form, finish)

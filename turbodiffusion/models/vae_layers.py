@@ -13,7 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import pixels
+from kernels.reference_pixels import rms_norm
+
 Past = dict[nn.Conv3d, Tensor]
+# what a convolution gives, and the bias that is still to be added
+Biased = tuple[Tensor, Tensor | None]
 
 
 def causal_conv(in_channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> nn.Conv3d:
@@ -23,14 +28,22 @@ def causal_conv(in_channels: int, out_channels: int, kernel: tuple[int, int, int
 
 def extend(conv: nn.Conv3d, x: Tensor, past: Past | None) -> Tensor:
     """Put before x the kernel - 1 frames that precede it: remembered ones, or zeros where the clip begins."""
-    history = conv.kernel_size[0] - 1
-    if past is None or conv not in past:
-        x = F.pad(x, (0, 0, 0, 0, history, 0))
-    else:
-        x = torch.cat([past[conv], x], dim=2)
+    return remember(conv, torch.cat([before(conv, x, past), x], dim=2), past)
+
+
+def before(conv: nn.Conv3d, x: Tensor, past: Past | None) -> Tensor:
+    """The frames that `extend` puts before x."""
+    if past is not None and conv in past:
+        return past[conv]
+    b, c, _, h, w = x.shape
+    return x.new_zeros(b, conv.kernel_size[0] - 1, h, w, c).movedim(-1, 1)
+
+
+def remember(conv: nn.Conv3d, x: Tensor, past: Past | None) -> Tensor:
+    """Keep of an extended x what the next piece needs."""
     if past is not None:
         # a copy: a view would keep the whole piece alive
-        past[conv] = x[:, :, -history:].clone(memory_format=torch.channels_last_3d)
+        past[conv] = x[:, :, 1 - conv.kernel_size[0] :].clone(memory_format=torch.channels_last_3d)
     return x
 
 
@@ -51,17 +64,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, ...) -> the same shape and dtype."""
-        # accumulates in fp32 without an fp32 copy of x
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        return (x * (x.shape[1] ** 0.5 / norm.clamp_min(1e-12))).to(x.dtype) * self.gamma
+        return rms_norm(x, self.gamma)
+
+
+def activated(norm: RMSNorm, conv: nn.Conv3d, x: Biased, past: Past | None) -> Tensor:
+    """What a pre-activated causal convolution takes, from what the one before it gave."""
+    y = pixels.norm_silu(*x, norm.gamma, before(conv, x[0], past))
+    return remember(conv, y, past)
+
+
+def convolve(conv: nn.Conv3d, x: Tensor) -> Biased:
+    """The convolution, and its bias where the next kernel adds that on its way: by itself it is a pass."""
+    if pixels.fuses(x):
+        return F.conv3d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+    return conv(x), None
 
 
 def norm_silu_conv(norm: RMSNorm, conv: nn.Conv3d, x: Tensor, past: Past | None) -> Tensor:
-    """The pre-activated causal convolution of residual blocks and heads."""
-    # rebinding x at each step frees the previous tensor before the convolution, where memory peaks
-    x = F.silu(norm(x))
-    x = extend(conv, x, past)
-    return conv(x)
+    """The pre-activated causal convolution of heads."""
+    return conv(activated(norm, conv, (x, None), past))
 
 
 class ResidualBlock(nn.Module):
@@ -84,7 +105,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """x (B, in, T, H, W) -> (B, out, T, H, W)."""
         norm1, conv1, norm2, conv2 = self.residual.values()
-        return norm_silu_conv(norm2, conv2, norm_silu_conv(norm1, conv1, x, past), past) + self.shortcut(x)
+        y = convolve(conv1, activated(norm1, conv1, (x, None), past))
+        y = convolve(conv2, activated(norm2, conv2, y, past))
+        return pixels.add(*y, self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -155,10 +178,7 @@ class Upsample(nn.Module):
         """x (B, in, T, H, W) -> (B, out, T', 2H, 2W); T' = 2T - 1 where a clip begins, else 2T."""
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, past)
-        return per_frame(self._double_size, x)
-
-    def _double_size(self, frames: Tensor) -> Tensor:
-        return self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        return per_frame(self.resample["1"], pixels.enlarge(x))
 
     @staticmethod
     def _double_frames(conv: nn.Conv3d, x: Tensor, past: Past | None) -> Tensor:
