@@ -264,6 +264,7 @@ def product(
     with torch.cuda.device_of(x):
         if form.tma:
             allow_descriptors(x.device)
+        if form.tma and x.is_cuda:
             programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
         tensors = x, weight, x_step, weight_step, bias, add, gate, y
         product_kernel[(programs,)](*tensors, M, N, K, height, every, **product_options(form, finish))

@@ -34,7 +34,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """norm_modulate, quantised before it is rounded: as by quantise_rows, to int8 (B L, E) and steps (B L,).
+    """norm_modulate, quantised before it is rounded: as by quantise_rows, to int8 (B, L, E) and steps (B, L).
 
     Raises ValueError where a derivative is asked for.
     """
@@ -106,4 +106,4 @@ def values(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if isinstance(outputs, Tensor):
         return (outputs,)
     first, second = outputs
-    return (first.double() * second.unsqueeze(1),) if first.dtype == torch.int8 else outputs
+    return (first.double() * second.unsqueeze(-1),) if first.dtype == torch.int8 else outputs

@@ -168,7 +168,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """By modulate_kernel."""
     step = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    return _modulate(x, shift, scale, torch.int8, step).flatten(0, 1), step.flatten()
+    return _modulate(x, shift, scale, torch.int8, step), step
 
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

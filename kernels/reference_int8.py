@@ -12,7 +12,7 @@ from kernels.reference import TINY
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) in steps of the 127th of each row's largest number -> int8 (M, K), steps (M,) fp32."""
+    """x (..., K) in steps of the 127th of each row's largest number -> int8 (..., K), steps (...) fp32."""
     x = x.float()
     step = x.abs().amax(-1, keepdim=True).clamp(min=TINY) * (1 / 127)
     return (x * step.reciprocal()).round().to(torch.int8), step.squeeze(-1)

@@ -21,7 +21,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """reference_int8.quantise_rows of what norm_modulate gives, before that is rounded."""
-    return reference_int8.quantise_rows(_modulate(x, shift, scale).flatten(0, 1))
+    return reference_int8.quantise_rows(_modulate(x, shift, scale))
 
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

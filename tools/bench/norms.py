@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kernels import norms, reference_norms
-from kernels.int8_linear import quantise_rows
+from kernels.int8_linear import quantise_tokens
 from kernels.selftest import error_share, poisoned
 from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
 from tools.options import parse
@@ -38,7 +38,8 @@ class Options:
 
 def quantised(x: Tensor, *signals: Tensor) -> tuple[Tensor, Tensor]:
     """norm_modulate_int8 in two ops."""
-    return quantise_rows(reference_norms.norm_modulate(x, *signals).flatten(0, 1))
+    tokens = quantise_tokens(reference_norms.norm_modulate(x, *signals))
+    return tokens.counts, tokens.steps
 
 
 # ops by name, and what a network runs without them: the twins
