@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("block_map", "block_sparse", "linear_attention", "int8_linear", "norms")
+SLOW = ("block_map", "block_sparse", "linear_attention", "int8_linear", "norms", "pixels")
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -32,6 +32,7 @@ def test_cpu_needs_no_triton() -> None:
         "from kernels.int8_linear import int8_linear, quantise_rows\n"
         "from kernels.linear_attention import linear_attention\n"
         "from kernels.norms import add_gated\n"
+        "from kernels.pixels import enlarge\n"
         "q, k, v = torch.randn(3, 1, 1, 4, 64)\n"
         "attention(q, k, v)\n"
         "index = block_map(q, k, block_q=64, block_k=64, ratio=0.5)\n"
@@ -40,6 +41,7 @@ def test_cpu_needs_no_triton() -> None:
         "linear_attention(q, k, v, 'softmax', torch.eye(64), torch.zeros(64))\n"
         "int8_linear(q, *quantise_rows(torch.eye(64)))\n"
         "add_gated(q[0], k[0], v[0])\n"
+        "enlarge(q.unsqueeze(0))\n"
     )
     result = run("-c", code, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr
