@@ -73,6 +73,18 @@ def decode_bytes(vae: VideoVAE, shape: tuple[int, int, int], *, chunk: int = 1) 
     return round(pixels * (12 * frames + item * (remembered + alive) / config["patch"] ** 2))
 
 
+def longest_chunk(vae: VideoVAE, shape: tuple[int, int, int]) -> int:
+    """Latent frames of shape (B, h, w) in a piece whose largest tensor still counts its numbers in 32 bits.
+
+    Of larger ones some libraries have no fast convolution, and others none.
+    """
+    config, (batch, height, width) = vae.config, shape
+    # before the last upsampling's convolution: the second width at full size
+    channels = config["decoder_base"] * max(config["multipliers"][:2])
+    pixels = height * width * (vae.spatial_factor // vae.patch) ** 2
+    return max(1, (2**31 - 1) // (batch * channels * pixels * vae.temporal_factor))
+
+
 def _by_tiles(
     run: Callable[[Tensor], Tensor],
     x: Tensor,

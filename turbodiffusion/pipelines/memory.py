@@ -101,14 +101,20 @@ def denoise_bytes(
 
 
 def free_memory(device: torch.device) -> Free:
-    """What is free now on the device and, where that is another memory, on the host."""
+    """What this process may still take now on the device and, where that is another memory, on the host."""
     host = host_memory()
     if device.type == "cpu":
         return Free(host, None)
     backend = torch.get_device_module(device)
     if not hasattr(backend, "mem_get_info"):
         return Free(None, host)
-    return Free(max(0, backend.mem_get_info(device)[0] - RUNTIME), host)
+    free, whole = backend.mem_get_info(device)
+    used = backend.memory_allocated(device)
+    # what PyTorch holds and does not use is free to this process
+    free += backend.memory_reserved(device) - used
+    if hasattr(backend, "get_per_process_memory_fraction"):
+        free = min(free, int(backend.get_per_process_memory_fraction(device) * whole) - used)
+    return Free(max(0, free - RUNTIME), host)
 
 
 def readable(size: int) -> str:
