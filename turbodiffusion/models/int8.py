@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from kernels.int8_linear import int8_linear, quantise_rows
+from kernels.int8_linear import Tokens, int8_linear, quantise_rows
 from turbodiffusion.models.swap import swap
-from turbodiffusion.models.wan import WanModel
+
+if TYPE_CHECKING:
+    from turbodiffusion.models.wan import WanModel
 
 
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights, which quantises tokens as they come and has no derivatives.
 
     x (..., in) -> (..., out) in x's dtype.  weight (out, in) int8 counts in steps, scale (out,) fp32; bias
-    (out,) is as it was.  gelu: tanh's GELU follows.
+    (out,) is as it was.  gelu: tanh's GELU follows.  Tokens may be quantised before; add (B, L, out): add +
+    gate times the outputs, gate (B or 1, L or 1, out).
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, gelu: bool = False):
@@ -34,8 +38,8 @@ class Int8Linear(nn.Module):
 
     # a first call tries kernels on the device; there is nothing to fuse around them
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.weight, self.scale, self.bias, gelu=self.gelu)
+    def forward(self, x: Tensor | Tokens, add: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        return int8_linear(x, self.weight, self.scale, self.bias, gelu=self.gelu, add=add, gate=gate)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape

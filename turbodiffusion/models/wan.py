@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.norms import add_gated, norm_modulate, norm_rotate
+from kernels.int8_linear import Tokens
+from kernels.norms import norm_modulate, norm_rotate
 from turbodiffusion.attention import DENSE, Attention, chosen, make_core
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.cross_attention import CrossAttention, Memory
 from turbodiffusion.models.layers import LayerNorm, RMSNorm, linear_fp32, sinusoids
+from turbodiffusion.models.projections import add_projected, modulated, normed, projected
 from turbodiffusion.models.rope import rotary_table
 
 PATCH = (1, 2, 2)
@@ -36,7 +38,10 @@ class Conditions(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Attention among video tokens.  x (B, L, E), rotary table of L tokens -> (B, L, E)."""
+    """Attention among video tokens: add + gate times that.
+
+    x, normed, and add (B, L, E), rotary table of L tokens, gate (B, 1 or L, E) -> (B, L, E).
+    """
 
     def __init__(self, dim: int, heads: int, core: nn.Module):
         super().__init__()
@@ -45,12 +50,13 @@ class SelfAttention(nn.Module):
         # over the full width, before the split into heads
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        q = norm_rotate(self.q(x), self.norm_q.weight, *table)
-        k = norm_rotate(self.k(x), self.norm_k.weight, *table)
-        v = self.v(x).unflatten(-1, (self.heads, -1))
+    def forward(self, x: Tensor | Tokens, table: tuple[Tensor, Tensor], add: Tensor, gate: Tensor) -> Tensor:
+        q, k, v = projected(x, self.q, self.k, self.v)
+        q = norm_rotate(q, self.norm_q.weight, *table)
+        k = norm_rotate(k, self.norm_k.weight, *table)
+        v = v.unflatten(-1, (self.heads, -1))
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.o(rearrange(out, "b n l d -> b l (n d)"))
+        return add_projected(add, rearrange(out, "b n l d -> b l (n d)"), gate, self.o)
 
 
 class Block(nn.Module):
@@ -80,11 +86,12 @@ class Block(nn.Module):
         def signal(i: int) -> Tensor:  # one at a time: with per-token times each is as large as fp32 tokens
             return self.modulation[:, i].float() + time[:, :, i]
 
-        h = norm_modulate(x, shift=signal(0), scale=signal(1))
-        x = add_gated(x, self.self_attn(h, table), signal(2))
-        x = x + self.cross_attn(self.norm3(x), text, image)
-        h = norm_modulate(x, shift=signal(3), scale=signal(4))
-        return add_gated(x, self.ffn(h), signal(5))
+        attend, cross, (up, gelu, down) = self.self_attn, self.cross_attn, self.ffn
+        h = modulated(x, signal(0), signal(1), attend.q, attend.k, attend.v)
+        x = attend(h, table, x, signal(2))
+        x = x + cross(normed(x, self.norm3, cross.q), text, image)
+        h = modulated(x, signal(3), signal(4), up)
+        return add_projected(x, gelu(up(h)), signal(5), down)
 
 
 class Head(nn.Module):

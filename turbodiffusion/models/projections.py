@@ -1,0 +1,67 @@
+"""What a block computes around its linear layers, in 8 bits where these are.
+
+A block calls the same functions whatever its layers are: what a layer in 8 bits reads is quantised when it is
+made, and such a layer finishes what its outputs are for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kernels.int8_linear import Tokens, int8_linears
+from kernels.norms import add_gated, norm_modulate, norm_modulate_int8
+from turbodiffusion.models.int8 import Int8Linear
+from turbodiffusion.models.layers import LayerNorm
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, *readers: nn.Module) -> Tensor | Tokens:
+    """norm_modulate for the layers that read it: in 8 bits, once, if all of them are."""
+    if _are_int8(readers):
+        return Tokens(*norm_modulate_int8(x, shift, scale), x.dtype)
+    return norm_modulate(x, shift, scale)
+
+
+def normed(x: Tensor, norm: LayerNorm, reader: nn.Module) -> Tensor | Tokens:
+    """norm(x), whose eps is the kernels', for the layer that reads it: in 8 bits if that is."""
+    if not _are_int8([reader]):
+        return norm(x)
+    bias, weight = (parameter.float().view(1, 1, -1) for parameter in (norm.bias, norm.weight))
+    return modulated(x, bias, weight - 1, reader)
+
+
+def projected(x: Tensor | Tokens, *layers: nn.Module) -> Sequence[Tensor]:
+    """What each of some layers of one size makes of x; in 8 bits by one product, whose tiles fill a GPU."""
+    return _projected(x, layers) if _are_int8(layers) else [layer(x) for layer in layers]
+
+
+def add_projected(x: Tensor, y: Tensor | Tokens, gate: Tensor, layer: nn.Module) -> Tensor:
+    """x + gate layer(y), finished by the layer if it is in 8 bits.  x (B, L, E), gate (B or 1, L or 1, E)."""
+    return layer(y, add=x, gate=gate) if _are_int8([layer]) else add_gated(x, layer(y), gate)
+
+
+def _are_int8(layers: Sequence[nn.Module]) -> bool:
+    return all(isinstance(layer, Int8Linear) for layer in layers)
+
+
+@torch.compiler.disable
+def _projected(x: Tensor | Tokens, layers: Sequence[Int8Linear]) -> Sequence[Tensor]:
+    weight, scale, bias = (_together(layers, name) for name in ("weight", "scale", "bias"))
+    return int8_linears(x, weight, scale, bias, len(layers))
+
+
+def _together(layers: Sequence[Int8Linear], name: str) -> Tensor | None:
+    """A buffer of every layer, one under another: moved there by a first call, as parts of one piece."""
+    tensors = [getattr(layer, name) for layer in layers]
+    first = tensors[0]
+    if first is None:
+        return None
+    places = {
+        (t.untyped_storage().data_ptr(), t.storage_offset() - i * t.numel()) for i, t in enumerate(tensors)
+    }
+    if len(places) == 1:
+        return first.as_strided((len(layers) * len(first), *first.shape[1:]), first.stride())
+    joined = torch.cat(tensors)
+    for tensor, part in zip(tensors, joined.chunk(len(layers)), strict=True):
+        tensor.data = part  # the same tensor, which others may hold
+    return joined
