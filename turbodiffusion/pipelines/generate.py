@@ -3,11 +3,9 @@
 Shapes: B samples, T latent and F pixel frames, z latent channels, S text tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from time import perf_counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -16,21 +14,23 @@ from turbodiffusion.errors import UserError
 from turbodiffusion.models.clip import ImageEncoder
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.vae_tiling import TILE, decode_bytes, decode_tiled, encode_tiled
+from turbodiffusion.models.vae_tiling import TILE, decode_bytes, decode_tiled, encode_tiled, longest_chunk
 from turbodiffusion.models.wan import CLIP_TOKENS, PATCH, WanModel
 from turbodiffusion.pipelines.conditioning import condition, known_frames
+from turbodiffusion.pipelines.graphs import capture_cuda
+from turbodiffusion.pipelines.memory import free_memory
 from turbodiffusion.pipelines.offload import Offload, Residence
 from turbodiffusion.pipelines.schedule import TEACHERS, sampling_times
 from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, latent_frames
+from turbodiffusion.pipelines.steps import Runner, Steps
+from turbodiffusion.pipelines.watch import OnProgress, Watch, in_step
 from turbodiffusion.samplers.denoiser import Denoiser
 from turbodiffusion.samplers.few_step import sample_rcm
 from turbodiffusion.samplers.noise import SampleNoise
 from turbodiffusion.variants import Sampling
 
-# what decoding may take beyond the least it needs
+# what decoding may take beyond the least it needs, by the memory plan
 CHUNK_BYTES = 2**30
-
-OnProgress = Callable[[str, int, int], None]  # stage, done, of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,31 +71,6 @@ class Encoded:
     first_frame: Tensor | None = None
 
 
-@dataclass
-class Watch:
-    """Seconds spent in each stage, and the caller's progress hook."""
-
-    device: torch.device
-    on_progress: OnProgress | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
-        """Time the block, which may report how much of the total is done."""
-        start = perf_counter()
-
-        def report(done: int) -> None:
-            if self.on_progress is not None:
-                self.on_progress(name, done, total)
-
-        report(0)
-        yield report
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
-        report(total)
-
-
 @dataclass(frozen=True)
 class Generated:
     """frames (B, 3, F, H, W) fp32 in [-1, 1], and the seconds of each stage."""
@@ -110,25 +85,28 @@ def latent_shape(vae: VideoVAE, frames: int, size: Size) -> tuple[int, int, int,
     return vae.latent_channels, latent_frames(frames), height, width
 
 
-def vae_chunk(vae: VideoVAE, latents: Sequence[int], *, tiled: bool) -> int:
-    """How many latent frames the VAE takes at a time of latents (B, z, T, h, w): all that CHUNK_BYTES allow.
+def vae_chunk(vae: VideoVAE, latents: Sequence[int], *, tiled: bool, spare: int = CHUNK_BYTES) -> int:
+    """How many latent frames the VAE takes at a time of latents (B, z, T, h, w): all that spare bytes allow.
 
     The frames are the same; on a CPU a small clip decodes four times as fast whole as frame by frame.
     """
     b, _, length, height, width = latents
     shape = (length, min(height, TILE[0]), min(width, TILE[1])) if tiled else (length, height, width)
     one, two = (decode_bytes(vae, shape, chunk=chunk) for chunk in (1, 2))
-    return min(length, 1 + CHUNK_BYTES // max(1, b * (two - one)))
+    most = min(1 + spare // max(1, b * (two - one)), longest_chunk(vae, (b, *shape[1:])))
+    # as even as can be: a short last piece keeps a device less busy
+    return ceil(length / ceil(length / most))
 
 
 class Pipeline:
     """Clip and seeds -> frames.  The task follows from the network and from the pictures of the Clip.
 
     Modules may be anywhere: they come to the device as `offload` says.  tiled: the VAE works tile by tile.
-    ode: a student follows its velocity, without fresh noise.
+    ode: a student follows its velocity, without fresh noise.  graph: steps are recorded as a CUDA graph, kept
+    for later clips of the same form.  compile: so are the networks' blocks, for good, by torch.compile.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the ways to run)
         self,
         models: Models,
         sampling: Sampling,
@@ -137,11 +115,23 @@ class Pipeline:
         offload: Offload = "none",
         tiled: bool = False,
         ode: bool = False,
+        graph: bool = False,
+        compile: bool = False,
     ):
         self.models, self.sampling, self.device = models, sampling, device
         self.tiled, self.ode = tiled, ode
         self.times = sampling_times(sampling)
         self.residence = Residence(device, offload)
+        networks = {"network": models.network, "network_low": models.network_low}
+        self.runners = {
+            name: Runner(network, self.residence, capture_cuda if graph else None, compiled=compile)
+            for name, network in networks.items()
+            if network is not None
+        }
+        if compile:
+            for runner in self.runners.values():
+                for block in runner.network.shard_units():
+                    block.compile()
         out = models.network.config["out_channels"]
         if models.vae.latent_channels != out:
             raise UserError(
@@ -180,16 +170,20 @@ class Pipeline:
             raise UserError(
                 f"got {len(encoded.context)} prompts and {len(seeds)} seeds: give one prompt, or as many."
             )
-        models, sampling = self.models, self.sampling
+        sampling = self.sampling
         noise = SampleNoise(seeds, encoded.shape, device=self.device)
-        experts = {"network": partial(self._run, models.network)}
-        if models.network_low is not None:
-            experts |= {"network_low": partial(self._run, models.network_low), "boundary": sampling.boundary}
-        known = {name: value for name, value in vars(encoded).items() if name != "shape"}
+        experts = {name: Steps(runner, watch) for name, runner in self.runners.items()}
+        experts |= {"boundary": sampling.boundary} if "network_low" in experts else {}
+        # with a row for each seed, so that networks see the same tensors at every step
+        known = {
+            name: value if value is None else value.expand(len(seeds), *value.shape[1:])
+            for name, value in vars(encoded).items()
+            if name != "shape"
+        }
         rules = {name: getattr(sampling, name) for name in ("guidance", "guidance_low", "timesteps")}
         denoiser = Denoiser(**experts, **known, **rules)
         with watch.stage("denoise", len(self.times) - 1) as report:
-            start = noise.draw()
+            start, report = noise.draw(), in_step(report, self.device)
             if sampling.student:
                 return sample_rcm(denoiser, start, self.times, noise.draw, ode=self.ode, on_step=report)
             return TEACHERS[sampling.sampler](denoiser, start, self.times, on_step=report)
@@ -206,15 +200,19 @@ class Pipeline:
                 report(done)
 
             self.residence.use(vae)
-            chunk = vae_chunk(vae, latents.shape, tiled=self.tiled)
+            self._make_room()
+            chunk = self._chunk(latents.shape)
             if self.tiled:
                 return decode_tiled(vae, latents, chunk=chunk)
             return vae.decode(latents, chunk=chunk, on_frames=on_frames)
 
-    def _run(self, network: WanModel, *inputs: Tensor, **known: Tensor | None) -> Tensor:
-        """The forward of a network that is fetched first."""
-        self.residence.use(network, network.shard_units())
-        return network(*inputs, **known)
+    def _make_room(self) -> None:
+        """Forget recordings where less than half of the device is free: decoding is fast with much memory."""
+        if self.device.type == "cuda" and any(runner.recording for runner in self.runners.values()):
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < total / 2:
+                for runner in self.runners.values():
+                    runner.forget()
 
     def _texts(self, clip: Clip) -> tuple[Tensor, Tensor | None]:
         """Context (B, S, E), and the negative prompt's (1, S, E) where guidance needs it."""
@@ -258,5 +256,11 @@ class Pipeline:
 
     def _encode(self, frames: Tensor) -> Tensor:
         vae, (b, _, f, h, w) = self.models.vae, frames.shape
-        chunk = vae_chunk(vae, (b, *latent_shape(vae, f, Size(w, h))), tiled=self.tiled)
+        chunk = self._chunk((b, *latent_shape(vae, f, Size(w, h))))
         return encode_tiled(vae, frames, chunk=chunk) if self.tiled else vae.encode(frames, chunk=chunk)
+
+    def _chunk(self, latents: Sequence[int]) -> int:
+        """vae_chunk of such latents; on an accelerator half of what is free now may be spared."""
+        free = None if self.device.type == "cpu" else free_memory(self.device).device
+        spare = max(CHUNK_BYTES, (free or 0) // 2)
+        return vae_chunk(self.models.vae, latents, tiled=self.tiled, spare=spare)

@@ -3,7 +3,7 @@
 The copy in host memory stays the master: leaving the device drops the device's copy, nothing is copied back.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import accumulate
 from typing import Literal, get_args
@@ -38,14 +38,25 @@ class Residence:
         self._present: list[nn.Module] = []
         self._leave = ExitStack()
 
-    def use(self, model: nn.Module, units: Sequence[nn.Module] = ()) -> None:
-        """Make the model runnable on the device; units are its parts that block mode streams."""
+    def use(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module] = (),
+        *,
+        on_leave: Callable[[], object] | None = None,
+    ) -> None:
+        """Make the model runnable on the device; units are its parts that block mode streams.
+
+        on_leave is called when its weights lose their place there.
+        """
         if model in self._present:
             return
         if self.mode == "none":
             model.to(self.device)
         else:
             self.release()
+            if on_leave is not None:
+                self._leave.callback(on_leave)
             streamed = units if self.mode == "block" else ()
             inside = {id(tensor) for unit in streamed for tensor in _tensors(unit)}
             home = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]

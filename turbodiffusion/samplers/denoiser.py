@@ -86,7 +86,8 @@ class Denoiser:
 
     def _timesteps(self, x: Tensor, s: Tensor) -> Tensor:
         """(B,); or (B, L) where a first frame is given, whose tokens are at 0."""
-        timestep = to_timestep(s, self.timesteps).to(x)
+        # a GPU fetches it when it comes to it, and nobody waits
+        timestep = to_timestep(s, self.timesteps).to(x, non_blocking=True)
         if self.first_frame is None:
             return timestep.expand(len(x))
         batch, _, frames, height, width = x.shape
@@ -99,7 +100,10 @@ class Denoiser:
         """One forward, in x's dtype."""
 
         def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.expand(len(x), *tensor.shape[1:])
+            # itself, where it can be: a network may know it again
+            if tensor is None or len(tensor) == len(x):
+                return tensor
+            return tensor.expand(len(x), *tensor.shape[1:])
 
         condition, clip = rows(self.condition), rows(self.clip)
         return network(x, timesteps, rows(text), condition=condition, clip=clip).to(x.dtype)

@@ -23,11 +23,14 @@ class SampleNoise:
                 raise UserError(f"seed={seed}: take a whole number from 0 to {SEEDS[-1]}")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.shape = tuple(shape)
-        self.device = device
+        self.device = torch.device(device)
 
     def draw(self) -> Tensor:
         """N(0, 1), (B, *shape), fp32; each call continues every sample's own stream."""
-        noise = torch.empty(len(self.generators), *self.shape, dtype=torch.float32, device="cpu")
+        # pinned, so that the copy waits for the GPU's work in its place and the host for none of it
+        is_pinned = self.device.type == "cuda"
+        shape = (len(self.generators), *self.shape)
+        noise = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=is_pinned)
         for sample, generator in zip(noise, self.generators, strict=True):
             sample.normal_(generator=generator)
-        return noise.to(self.device)
+        return noise.to(self.device, non_blocking=is_pinned)
