@@ -74,6 +74,8 @@ class Layers(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         self.gelu = nn.GELU(approximate="tanh")
+        for layer in (self.q, self.k, self.v, self.o, self.up, self.down):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def qkv(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
         """Norm, modulation, q, k and v."""
