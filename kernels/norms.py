@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import reference_norms
 from kernels.block_sparse_int8 import are_differentiated
-from kernels.selftest import error_share, first_sound, poisoned
+from kernels.selftest import error_share, first_sound, is_unfused, poisoned
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # of samples, and of tokens: several programs, the last of a row less
@@ -77,7 +77,7 @@ def _check_signals(x: Tensor, *signals: Tensor) -> None:
 def _choose(twin: Op, x: Tensor, *others: Tensor) -> Op:
     """The kernel of the twin's name, where it runs and is right, or the twin."""
     runs = (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and x.dtype in DTYPES
-    if not runs or torch.compiler.is_compiling() or are_differentiated(x, *others):
+    if not runs or torch.compiler.is_compiling() or is_unfused() or are_differentiated(x, *others):
         return twin
     # Triton, which only GPU machines have, is imported when it is first needed
     from kernels import norms_triton

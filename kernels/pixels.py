@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference_pixels
-from kernels.selftest import error_share, first_sound, poisoned
+from kernels.selftest import error_share, first_sound, is_unfused, poisoned
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # a trial's samples, frames, height and width: several programs to a frame, the last of them with less to do
@@ -29,7 +29,8 @@ Form = tuple[tuple[int, ...], torch.dtype] | None
 def fuses(x: Tensor) -> bool:
     """Whether kernels run there, so that a convolution may leave its bias to what follows it."""
     runs = (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and x.dtype in DTYPES
-    return runs and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    # compilers come first, and fuse by themselves: they may not know of the rest
+    return runs and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not is_unfused()
 
 
 def norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, before: Tensor) -> Tensor:

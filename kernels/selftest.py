@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Form = TypeVar("Form")
+
+_unfused: ContextVar[bool] = ContextVar("unfused", default=False)
 
 
 def first_sound(name: str, forms: Mapping[str, Form], check: Callable[[Form], float]) -> Form:
@@ -75,3 +78,18 @@ def poisoned() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within, steps that are one kernel are PyTorch's operators: what a network costs without fusion."""
+    token = _unfused.set(True)
+    try:
+        yield
+    finally:
+        _unfused.reset(token)
+
+
+def is_unfused() -> bool:
+    """Whether a caller is within `unfused`."""
+    return _unfused.get()

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.selftest import unfused
 from tools.bench.forward import randomize
 from tools.bench.timing import gpu_console, measure
 from tools.options import parse
@@ -79,8 +80,8 @@ def gate(vae: VideoVAE, device: torch.device) -> dict[str, tuple[float, float, f
 
 
 def as_plain(run: Callable[[], Tensor]) -> Tensor:
-    """What a run makes without kernels, which have no derivatives; nothing of it is recorded."""
-    with torch.enable_grad():
+    """What a run makes without kernels."""
+    with unfused():
         return run()
 
 
@@ -123,7 +124,7 @@ def report(
 
 def count(name: str, vae: VideoVAE, x: Tensor) -> int:
     """Floating-point operations of one direction."""
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+    with FlopCounterMode(display=False) as counter:
         getattr(deepcopy(vae).to("meta"), name)(x.to("meta"), chunk=None)
     return counter.get_total_flops()
 
