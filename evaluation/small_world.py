@@ -44,7 +44,7 @@ class Setting:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "bfloat16"
-    quant: str = "auto"  # none, int8, or auto: what a network's file says
+    quant: str = "auto"  # none, int8, fp8, or auto: what a network's file says
 
 
 @dataclass

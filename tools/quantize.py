@@ -1,9 +1,9 @@
 """Put the linear layers of a network's blocks in 8 bits, and say what that costs.
 
-    python -m tools.quantize src=FILE_OR_FOLDER dst=FILE [format=int8|turbodiffusion] [budget=DB]
+    python -m tools.quantize src=FILE_OR_FOLDER dst=FILE [format=int8|fp8|turbodiffusion] [budget=DB]
                              [keep=NAME,...] [prompts=FILE.txt|none] [steps=N] [variant=NAME] [overwrite=true]
 
-int8: a scale for each output channel, the form that runs in 8 bits; a .safetensors file.  turbodiffusion: the
+int8 and fp8 (e4m3): a scale for each output channel, as they run; a .safetensors file.  turbodiffusion: the
 published form, a scale for each 128 x 128 tile; a .pth file, which runs de-quantised unless quant=int8 is
 passed to infer.py.  The original first makes latents of each line of prompts=, without it of four prompts if
 it is the small world's: they show the error of every layer's outputs, and what the new file's are compared
@@ -35,10 +35,10 @@ from turbodiffusion.checkpoints.detect import open_kind
 from turbodiffusion.checkpoints.export import prepare
 from turbodiffusion.checkpoints.keys import take_number
 from turbodiffusion.checkpoints.loading import known_variant
-from turbodiffusion.checkpoints.quantised import INT8, TILES, EightBits, dequantise, quantise_tiles
+from turbodiffusion.checkpoints.quantised import FP8, INT8, TILES, EightBits, dequantise, quantise_tiles
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import Int8Linear
+from turbodiffusion.models.int8 import LINEARS
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline, Watch
 from turbodiffusion.pipelines.prompts import read_items
@@ -46,10 +46,11 @@ from turbodiffusion.pipelines.request import pick_device, pick_dtype
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.small_world.captions import held_out_prompts
 
-Format = Enum("Format", ["int8", "turbodiffusion"])
+Format = Enum("Format", ["int8", "fp8", "turbodiffusion"])
 # the scheme of the numbers, the format of the file and its suffix
 WRITTEN = {
     Format.int8: (INT8, "ours", ".safetensors"),
+    Format.fp8: (FP8, "ours", ".safetensors"),
     Format.turbodiffusion: (TILES, "turbodiffusion", ".pth"),
 }
 
@@ -149,8 +150,8 @@ def watch_outputs(network: WanModel, layers: list[str], scheme: str) -> dict[str
     def add(powers: Tensor, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         (x,) = inputs
         # in 8 bits anew at each call: a copy for every layer would be another network
-        if scheme == INT8:
-            off = Int8Linear.from_linear(layer)(x) - output
+        if scheme in LINEARS:
+            off = LINEARS[scheme].from_linear(layer)(x) - output
         else:
             off = F.linear(x, (dequantise(*quantise_tiles(layer.weight)) - layer.weight).to(x.dtype))
         for i, part in enumerate((output, off)):

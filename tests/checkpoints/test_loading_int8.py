@@ -1,4 +1,4 @@
-"""Networks in 8 bits, from files with floats, with our INT8 and with published tiles."""
+"""Networks in 8 bits, from files with floats, with our int8 or fp8 and with published tiles."""
 
 import weakref
 from collections.abc import Callable
@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels.reference_int8 import quantise_rows
 from turbodiffusion.checkpoints import detect, load_network, save
 from turbodiffusion.checkpoints.loading import fill
 from turbodiffusion.checkpoints.quantised import INT8, TILES, linear_layers, quantised
 from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import to_int8
+from turbodiffusion.models.int8 import LINEARS, to_eight_bits
 from turbodiffusion.models.wan import WanModel
 
 MakeNetwork = Callable[[str], tuple[WanModel, str]]
@@ -43,47 +42,62 @@ def velocity(network: WanModel) -> Tensor:
     return network(x, torch.tensor([500.0]), torch.randn(1, 3, config["text_dim"], generator=generator))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "quant"), [(torch.float32, "int8"), (torch.bfloat16, "fp8")])
 def test_a_float_file_is_quantised_as_the_network_would_be(
-    dtype: torch.dtype, make_network: MakeNetwork, tmp_path: Path
+    dtype: torch.dtype, quant: str, make_network: MakeNetwork, tmp_path: Path
 ) -> None:
     network, variant = make_network("t2v")
     # numbers that bf16 holds: those of a file are quantised as they are stored
     stored = {name: tensor.bfloat16() for name, tensor in network.state_dict().items()}
     save_file(stored, path := tmp_path / "a.safetensors")
     wanted = load(path, "none", variant, dtype)
-    layers = to_int8(wanted)
-    loaded = load(path, "int8", variant, dtype)
+    layers = to_eight_bits(wanted, quant=quant)
+    loaded = load(path, quant, variant, dtype)
     assert len(layers) == 20
     assert is_same(loaded.state_dict(), wanted.state_dict())
     assert {loaded.state_dict()[f"{layer}.scale"].dtype for layer in layers} == {torch.float32}
     assert {loaded.state_dict()[f"{layer}.bias"].dtype for layer in layers} == {dtype}
 
 
-def test_what_was_quantised_is_saved_and_loaded_to_the_bit(make_network: MakeNetwork, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", LINEARS)
+def test_what_was_quantised_is_saved_and_loaded_to_the_bit(
+    kind: str, make_network: MakeNetwork, tmp_path: Path
+) -> None:
     network, variant = make_network("i2v")
     every = linear_layers(entries(network.state_dict()))
     # one of a feed-forward pair, so that the GELU between them is fused in one block only
-    layers = to_int8(network, [layer for layer in every if layer not in ("blocks.0.ffn.0", "blocks.1.ffn.2")])
+    some = [layer for layer in every if layer not in ("blocks.0.ffn.0", "blocks.1.ffn.2")]
+    layers = to_eight_bits(network, some, kind)
     assert len(layers) == 18
     save(path := tmp_path / "a.safetensors", network, variant=variant)
-    assert set(detect(path).quantised) == set(layers)
+    assert detect(path).quantised == dict.fromkeys(layers, kind)
     assert is_same(load_file(path), network.state_dict())
-    for quant in ("auto", "int8"):
+    for quant in ("auto", kind):
         again = load(path, quant)
         assert is_same(again.state_dict(), network.state_dict())
         assert torch.equal(velocity(again), velocity(network))
 
 
-def test_without_eight_bits_a_weight_is_its_integers_times_their_scales(
-    make_network: MakeNetwork, tmp_path: Path
+@pytest.mark.parametrize("quant", LINEARS)
+def test_without_eight_bits_a_weight_is_its_numbers_times_their_scales(
+    quant: str, make_network: MakeNetwork, tmp_path: Path
 ) -> None:
     network, variant = make_network("t2v")
     floats = network.state_dict()
-    eight = {layer: quantise_rows(floats[f"{layer}.weight"]) for layer in to_int8(network)}
+    layers = to_eight_bits(network, quant=quant)
+    eight = {layer: LINEARS[quant].quantise(floats[f"{layer}.weight"]) for layer in layers}
     save(path := tmp_path / "a.safetensors", network, variant=variant)
-    wanted = floats | {f"{layer}.weight": q * step.unsqueeze(1) for layer, (q, step) in eight.items()}
+    wanted = floats | {f"{layer}.weight": q.float() * step.unsqueeze(1) for layer, (q, step) in eight.items()}
     assert is_same(load(path, "none").state_dict(), wanted)
+
+
+def test_one_kind_of_eight_bits_is_asked_of_another(make_network: MakeNetwork, tmp_path: Path) -> None:
+    network, variant = make_network("t2v")
+    layers = to_eight_bits(network, quant="fp8")
+    save(path := tmp_path / "a.safetensors", network, variant=variant)
+    plain = load(path, "none")
+    assert to_eight_bits(plain, layers, "int8") == layers
+    assert is_same(load(path, "int8").state_dict(), plain.state_dict())
 
 
 def test_tiles_run_as_floats_or_are_quantised_again(make_network: MakeNetwork, tmp_path: Path) -> None:
@@ -95,7 +109,7 @@ def test_tiles_run_as_floats_or_are_quantised_again(make_network: MakeNetwork, t
     save_file({name: entry.load() for name, entry in tiled.items()}, path := tmp_path / "a.safetensors")
     plain = load(path, "auto", variant)
     assert is_same(plain.state_dict(), load(path, "none", variant).state_dict())
-    assert to_int8(plain, layers) == layers
+    assert to_eight_bits(plain, layers) == layers
     assert is_same(load(path, "int8", variant).state_dict(), plain.state_dict())
 
 
@@ -115,7 +129,7 @@ def test_at_most_one_weight_is_read_ahead_of_the_module() -> None:
         name: Entry(tuple(tensor.shape), torch.float32, lambda shape=tensor.shape: read(shape))
         for name, tensor in network.state_dict().items()
     }
-    layers = to_int8(network)
+    layers = to_eight_bits(network)
     fill(network, quantised(floats, layers, INT8), Path("x"), lambda name: ("cpu", torch.float32))
     # each once, and what was read before is gone when the next is asked for
     assert most == [0] * len(floats)
@@ -129,6 +143,10 @@ def test_at_most_one_weight_is_read_ahead_of_the_module() -> None:
         ({"blocks.0.ffn.0.weight": None}, "has scale but no blocks.0.ffn.0.weight"),
         ({"blocks.0.ffn.0.weight": torch.ones(64, 128)}, "has torch.float32 weights"),
         (
+            {"blocks.0.ffn.0.weight": torch.ones(64, 128).to(torch.float8_e5m2)},
+            "has torch.float8_e5m2 weights",
+        ),
+        (
             {"head.head.weight": torch.ones(64, 128, dtype=torch.int8)},
             "head.head.weight (64, 128) torch.int8",
         ),
@@ -139,7 +157,7 @@ def test_a_damaged_file_is_told_in_a_sentence(
     change: dict[str, Tensor | None], said: str, quant: str, make_network: MakeNetwork, tmp_path: Path
 ) -> None:
     network, variant = make_network("t2v")
-    to_int8(network)
+    to_eight_bits(network)
     state = network.state_dict() | change
     save_file({n: t for n, t in state.items() if t is not None}, path := tmp_path / "a.safetensors")
     with pytest.raises(UserError) as refused:

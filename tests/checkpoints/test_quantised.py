@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from turbodiffusion.checkpoints.quantised import (
+    FP8,
     INT8,
     TILES,
     EightBits,
@@ -18,7 +19,7 @@ from turbodiffusion.checkpoints.quantised import (
 )
 from turbodiffusion.checkpoints.sources import Entry
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import to_int8
+from turbodiffusion.models.int8 import to_eight_bits
 from turbodiffusion.models.wan import WanModel
 
 SHAPES = [(128, 128), (256, 384), (300, 130), (1, 257)]
@@ -112,7 +113,7 @@ def test_what_files_quantise_is_what_networks_quantise(options: dict[str, object
     floats = {name: Entry.of(tensor) for name, tensor in model.state_dict().items()}
     sizes = {name: model.get_submodule(name).weight.numel() for name in linear_layers(floats)}
     assert linear_layers(floats) == sizes
-    assert to_int8(model) == list(sizes)
+    assert to_eight_bits(model) == list(sizes)
     eight = quantised(floats, list(sizes), INT8)
     described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     assert {name: (entry.shape, entry.dtype) for name, entry in eight.items()} == described
@@ -176,6 +177,8 @@ def test_a_weight_of_zeros_has_no_error_and_one_of_nan_no_eight_bits() -> None:
     [
         *(("none", {}, "none"), ("int8", {}, "int8"), ("auto", {}, "none")),
         *(("none", {"a": INT8}, "none"), ("int8", {"a": INT8}, "int8"), ("auto", {"a": INT8}, "int8")),
+        *(("fp8", {}, "fp8"), ("none", {"a": FP8}, "none"), ("auto", {"a": FP8}, "fp8")),
+        *(("fp8", {"a": INT8}, "fp8"), ("int8", {"a": FP8}, "int8"), ("auto", {"a": FP8, "b": INT8}, "none")),
         *(("none", {"a": TILES}, "none"), ("int8", {"a": TILES}, "int8"), ("auto", {"a": TILES}, "none")),
     ],
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.int8_linear import int8_linear, quantise_rows
-from turbodiffusion.models.int8 import Int8Linear, to_int8
+from turbodiffusion.models.int8 import LINEARS, Int8Linear, to_eight_bits
 from turbodiffusion.models.wan import WanModel
 
 SIZES = {"dim": 48, "ffn_dim": 80, "heads": 2, "layers": 2, "text_dim": 20, "text_length": 16, "freq_dim": 32}
@@ -76,28 +76,31 @@ def test_gelu_is_what_it_would_be_after_the_layer() -> None:
     assert torch.equal(fused(x), F.gelu(layer(x), approximate="tanh"))
 
 
-@pytest.mark.parametrize("options", [{}, CLIP, SLA])
-def test_linear_layers_of_blocks_and_no_others_are_swapped(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(("options", "quant"), [({}, "int8"), (CLIP, "int8"), (SLA, "fp8")])
+def test_linear_layers_of_blocks_and_no_others_are_swapped(options: dict[str, object], quant: str) -> None:
     model = random_model(**options)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = ["cross_attn.k_img", "cross_attn.v_img"] if "clip_tokens" in options else []
     attention = [f"{kind}.{x}" for kind in ("self_attn", "cross_attn") for x in "qkvo"]
     layers = {f"blocks.{i}.{name}" for i in range(2) for name in (*attention, *images, "ffn.0", "ffn.2")}
-    assert set(to_int8(model)) == layers
+    assert set(to_eight_bits(model, quant=quant)) == layers
+    kinds = {type(model.get_submodule(name)) for name in layers}
+    assert kinds == {LINEARS[quant]}
     after = model.state_dict()
     changed = {f"{name}.weight" for name in layers}
     assert after.keys() - before.keys() == {f"{name}.scale" for name in layers}
     assert before.keys() <= after.keys()
-    assert {name for name, tensor in after.items() if tensor.dtype == torch.int8} == changed
+    assert {name for name, tensor in after.items() if tensor.dtype.itemsize == 1} == changed
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in changed)
 
 
-def test_state_loads_strictly_into_a_swapped_empty_network() -> None:
+@pytest.mark.parametrize("quant", LINEARS)
+def test_state_loads_strictly_into_a_swapped_empty_network(quant: str) -> None:
     model = random_model()
-    to_int8(model)
+    to_eight_bits(model, quant=quant)
     with torch.device("meta"):
         empty = WanModel(**SIZES)
-    to_int8(empty)
+    to_eight_bits(empty, quant=quant)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()}
     assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -106,14 +109,16 @@ def test_state_loads_strictly_into_a_swapped_empty_network() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_network_is_nearly_what_it_was(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("quant", "layer_error"), [("int8", 1e-2), ("fp8", 3.8e-2)])
+def test_network_is_nearly_what_it_was(quant: str, layer_error: float, dtype: torch.dtype) -> None:
     model = random_model().to(dtype)
     truth = velocity(model)
-    to_int8(model)
+    to_eight_bits(model, quant=quant)
     off = (velocity(model) - truth).norm() / truth.norm()
-    # 20 layers in two blocks, rows of 48 or 80 ending at 2.5 deviations: 1e-2 each, on branches of the stream
-    # whose errors are independent, sqrt(20) * 1e-2 in all; and no less than one layer's share of it
-    assert 1e-3 < off < 0.045
+    # int8: rows of 48 or 80 end at 2.5 deviations; fp8: spacings of an 8th to a 16th, over sqrt(12), of two
+    # numbers.  20 layers in two blocks, on branches of the stream whose errors are independent: sqrt(20)
+    # times that in all; and no less than a share of one layer's
+    assert 0.1 * layer_error < off < 20**0.5 * layer_error
 
 
 def test_scales_of_less_precision_are_refused() -> None:

@@ -163,16 +163,19 @@ def test_experts_of_different_attention_are_told_what_to_do(family: Callable, tm
     assert find(replace(options, ckpt_low=low, attention="sla", ratio=0.5)).attention["ratio"] == 0.5
 
 
-def test_eight_bits_are_what_was_asked_or_what_the_file_says(family: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bits_are_what_was_asked_or_what_the_file_says(
+    kind: str, family: Callable, tmp_path: Path
+) -> None:
     options = family("wan_tiny").options(out=str(tmp_path / "plain.mp4"))
-    eight = str(tmp_path / "int8.safetensors")
-    loaded = checkpoints.load_network(options.ckpt, device="cpu", dtype=torch.float32, quant="int8")
+    eight = str(tmp_path / "eight.safetensors")
+    loaded = checkpoints.load_network(options.ckpt, device="cpu", dtype=torch.float32, quant=kind)
     checkpoints.save(eight, loaded.network, sampling=loaded.sampling, variant="wan_tiny")
     for name, ckpt, quant, runs in (
         ("plain", options.ckpt, "auto", "none"),
-        ("at load", options.ckpt, "int8", "int8"),
-        ("as said", eight, "auto", "int8"),
-        ("asked", eight, "int8", "int8"),
+        ("at load", options.ckpt, kind, kind),
+        ("as said", eight, "auto", kind),
+        ("asked", eight, kind, kind),
         ("undone", eight, "none", "none"),
     ):
         generate(replace(options, ckpt=ckpt, quant=quant, out=str(tmp_path / f"{name}.mp4")))
@@ -187,7 +190,7 @@ def test_experts_that_differ_in_bits_are_told_what_to_do(family: Callable, tmp_p
     loaded = checkpoints.load_network(options.ckpt_low, device="cpu", dtype=torch.float32, quant="int8")
     low = str(tmp_path / "low.safetensors")
     checkpoints.save(low, loaded.network, sampling=loaded.sampling, variant=loaded.variant.name)
-    with pytest.raises(UserError, match="one expert is quantised"):
+    with pytest.raises(UserError, match="quantised in two ways"):
         find(replace(options, ckpt_low=low))
     assert find(replace(options, ckpt_low=low, quant="int8")).quant == "int8"
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tools import convert, inspect, quantize
 from turbodiffusion.checkpoints import detect, load_network, save
-from turbodiffusion.checkpoints.quantised import INT8, TILES
+from turbodiffusion.checkpoints.quantised import FP8, INT8, TILES
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import variants
 
@@ -45,17 +45,20 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_quantised_file_has_the_numbers_of_quantising_at_load(network: WanModel, run: Run) -> None:
-    code, said = run(quantize, "src=a.safetensors", "dst=b.safetensors")
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+def test_a_quantised_file_has_the_numbers_of_quantising_at_load(
+    quant: str, network: WanModel, run: Run
+) -> None:
+    code, said = run(quantize, "src=a.safetensors", "dst=b.safetensors", f"format={quant}")
     assert code == 0, said
     assert all(f" {layer} " in said for layer in LAYERS)
     assert "20 of 20 linear layers" in said
-    assert is_same(state("b.safetensors"), state("a.safetensors", "int8"))
+    assert is_same(state("b.safetensors"), state("a.safetensors", quant))
     one, other = detect("a.safetensors"), detect("b.safetensors")
     assert (other.sampling, other.variant, other.config) == (one.sampling, one.variant, one.config)
-    deed = {"quantised": "a.safetensors", "from": "ours", "quant": "int8", "kept": []}
+    deed = {"quantised": "a.safetensors", "from": "ours", "quant": quant, "kept": []}
     assert list(other.metadata.history) == [{"a": 1}, deed]
-    assert "int8, 20 of 20 linear layers" in " ".join(run(inspect, "ckpt=b.safetensors")[1].split())
+    assert f"{quant}, 20 of 20 linear layers" in " ".join(run(inspect, "ckpt=b.safetensors")[1].split())
 
 
 def test_layers_are_kept_by_budget_and_by_name(network: WanModel, run: Run) -> None:
@@ -101,8 +104,9 @@ def test_the_published_form_has_its_names_and_shapes(network: WanModel, run: Run
     assert is_same(state("c.safetensors"), state("turbowan-quant.pth", "int8", variant))
 
 
-def test_converting_undoes_eight_bits(network: WanModel, run: Run) -> None:
-    assert run(quantize, "src=a.safetensors", "dst=b.safetensors")[0] == 0
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+def test_converting_undoes_eight_bits(quant: str, network: WanModel, run: Run) -> None:
+    assert run(quantize, "src=a.safetensors", "dst=b.safetensors", f"format={quant}")[0] == 0
     assert run(convert, "src=b.safetensors", "dst=c.safetensors", "dtype=float32")[0] == 0
     assert not detect("c.safetensors").quantised
     assert is_same(state("c.safetensors"), state("b.safetensors", "none"))
@@ -121,7 +125,7 @@ def test_the_small_worlds_model_is_nearly_what_it_was(run: Run, tmp_path: Path) 
     assert float(found[2]) > -20 * torch.tensor(0.19).log10()
 
 
-@pytest.mark.parametrize("scheme", [INT8, TILES])
+@pytest.mark.parametrize("scheme", [INT8, FP8, TILES])
 @torch.no_grad()
 def test_errors_of_outputs_are_those_of_the_layers_own_inputs(scheme: str, network: WanModel) -> None:
     layer, seen = network.blocks[1].self_attn.q, []
@@ -135,6 +139,11 @@ def test_errors_of_outputs_are_those_of_the_layers_own_inputs(scheme: str, netwo
         weight = layer.weight.double()
         if scheme == INT8:
             x, weight = (part / 127 * (whole * (127 / part)).round() for part, whole in in_rows(x[0], weight))
+        elif scheme == FP8:
+            x, weight = (
+                part / 448 * (whole * (448 / part)).to(torch.float8_e4m3fn).double()
+                for part, whole in in_rows(x[0], weight)
+            )
         else:
             step = weight.abs().max() / 128
             weight = (weight / step).round().clamp(max=127) * step
@@ -153,7 +162,7 @@ def in_rows(*matrices: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     [
         (["dst=b.pth"], "format=int8 writes a .safetensors file"),
         (["format=turbodiffusion"], "format=turbodiffusion writes a .pth file"),
-        (["format=fp8"], "expected one of [int8, turbodiffusion]"),
+        (["format=int4"], "expected one of [int8, fp8, turbodiffusion]"),
         (["dst=a.safetensors"], "a.safetensors exists; pass overwrite=true"),
         (["src=nowhere"], "checkpoint nowhere does not exist"),
         ([f"src={ROOT / 'assets' / 'vae_tiny.safetensors'}"], "holds vae weights; wanted network weights"),

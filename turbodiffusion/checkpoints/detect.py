@@ -9,7 +9,7 @@ import torch
 from turbodiffusion.checkpoints import encoders, keys
 from turbodiffusion.checkpoints.metadata import Report, read_metadata
 from turbodiffusion.checkpoints.network_config import choose_variant, network_config
-from turbodiffusion.checkpoints.quantised import INT8, dequantised, linear_layers, quantised, stored_layers
+from turbodiffusion.checkpoints.quantised import TILES, dequantised, linear_layers, quantised, stored_layers
 from turbodiffusion.checkpoints.sources import DCP, Entries, open_source
 from turbodiffusion.errors import UserError
 
@@ -35,14 +35,14 @@ class Checkpoint:
     entries: Entries
 
     def floats(self, dtype: torch.dtype) -> Entries:
-        """The tensors with INT8 weights de-quantised to `dtype`; the others as stored."""
+        """The tensors with 8-bit weights de-quantised to `dtype`; the others as stored."""
         return dequantised(self.entries, dtype)
 
-    def in_int8(self) -> Entries:
-        """The tensors with the weights of `report.int8_layers` in our INT8, as stored or else quantised."""
-        if set(self.report.quantised.values()) == {INT8}:
+    def in_eight_bits(self, scheme: str) -> Entries:
+        """The tensors with the weights of `report.eight_bit_layers` in int8 or fp8, as stored or anew."""
+        if set(self.report.quantised.values()) == {scheme}:
             return self.entries
-        return quantised(self.floats(torch.float32), self.report.int8_layers, INT8)
+        return quantised(self.floats(torch.float32), self.report.eight_bit_layers, scheme)
 
 
 def detect(path: str | Path, *, kind: str = "network", variant: str | None = None) -> Report:
@@ -100,7 +100,7 @@ def _sign(path: Path, entries: Entries) -> str:
 
 
 def _recognise_network(report: Report, stored: Entries, folder_config: dict[str, object]) -> Entries:
-    """The tensors with our names; the report gets the format, whether some are INT8, and the sizes."""
+    """The tensors with our names; the report gets the format, which are in 8 bits, and the sizes."""
     is_diffusers = keys.is_diffusers(stored)
     entries = {keys.network_from_diffusers(n): e for n, e in stored.items()} if is_diffusers else stored
     entries = keys.from_turbodiffusion(entries)
@@ -121,7 +121,7 @@ def _recognise_network(report: Report, stored: Entries, folder_config: dict[str,
         reason = f"original names, patch_embedding.weight is {len(patch)}-D, no metadata"
     report.reasons.append(f"{report.format}: {reason}")
     for scheme, count in Counter(report.quantised.values()).items():
-        what = "for each output channel" if scheme == INT8 else "in 128 x 128 tiles"
-        report.reasons.append(f"quantised: {count} of {len(report.linear)} linear layers are INT8 {what}")
+        what = "int8 in 128 x 128 tiles" if scheme == TILES else f"{scheme} by output channel"
+        report.reasons.append(f"quantised: {count} of {len(report.linear)} linear layers are {what}")
     report.config = network_config(report, floats, folder_config)
     return entries

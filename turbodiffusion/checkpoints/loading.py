@@ -13,10 +13,10 @@ from torch import nn
 from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.locate import locate
 from turbodiffusion.checkpoints.metadata import Report, empty_module
-from turbodiffusion.checkpoints.quantised import INT8, NONE, settled
+from turbodiffusion.checkpoints.quantised import BY_CHANNEL, NONE, settled
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import to_int8
+from turbodiffusion.models.int8 import to_eight_bits
 from turbodiffusion.models.tokenizers import ByteTokenizer, FileTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.wan import WanModel
@@ -53,12 +53,12 @@ def load_network(
     """The video transformer in any supported checkpoint; memory peaks at one copy of it plus one tensor.
 
     Norms and modulation stay fp32 whatever `dtype`.  `variant` settles what keys can not tell; `ema` takes
-    the moving average from a training checkpoint that has both; `quant` none, int8 or auto: whether its
+    the moving average from a training checkpoint that has both; `quant` none, int8, fp8 or auto: whether its
     linear layers are in 8 bits, which have no derivatives.  UserError for a file that does not fit.
     """
     checkpoint = open_kind(path, "network", variant=variant, ema=ema)
     report, row = checkpoint.report, known_variant(checkpoint.report)
-    network = _filled(checkpoint, device, dtype, in_int8=settled(quant, report.quantised) == INT8)
+    network = _filled(checkpoint, device, dtype, quant=settled(quant, report.quantised))
     return LoadedNetwork(network, replace(row, network=network.config), report.sampling, report)
 
 
@@ -96,14 +96,14 @@ def load_image_encoder(path: str | Path, *, device: Device, dtype: torch.dtype) 
 
 
 def _filled(
-    checkpoint: Checkpoint, device: Device, dtype: torch.dtype, *, in_int8: bool = False, **others: object
+    checkpoint: Checkpoint, device: Device, dtype: torch.dtype, *, quant: str = NONE, **others: object
 ) -> nn.Module:
     """The checkpoint's module; others: arguments of its class that no checkpoint has."""
     report = checkpoint.report
     module = empty_module(report, **others)
-    entries = checkpoint.in_int8() if in_int8 else checkpoint.floats(dtype)
-    if in_int8:
-        to_int8(module, report.int8_layers)
+    entries = checkpoint.floats(dtype) if quant == NONE else checkpoint.in_eight_bits(quant)
+    if quant != NONE:
+        to_eight_bits(module, report.eight_bit_layers, quant)
     fill(module, entries, report.path, lambda name: (device, kept_dtype(report.kind, name, dtype)))
     return module
 
@@ -114,7 +114,7 @@ def fill(module: nn.Module, entries: Entries, path: Path, place: Place) -> None:
     state = {}
     for name, wanted in module.state_dict().items():
         device, dtype = place(name)
-        if not wanted.is_floating_point():
+        if wanted.dtype in BY_CHANNEL:
             dtype = wanted.dtype
         # a copy, since what was read may be a window on the file
         state[name] = entries[name].load().to(device, dtype, copy=True)
@@ -133,10 +133,7 @@ def check_fit(module: nn.Module, entries: Entries, path: Path) -> None:
         f"{name} {entry.shape} {entry.dtype} (wanted {tuple(wanted[name].shape)})"
         for name, entry in entries.items()
         if name in wanted
-        and (
-            entry.shape != tuple(wanted[name].shape)
-            or entry.dtype.is_floating_point != wanted[name].is_floating_point()
-        )
+        and (entry.shape != tuple(wanted[name].shape) or not _becomes(entry.dtype, wanted[name].dtype))
     ]
     faults = {
         "missing": sorted(wanted.keys() - entries.keys()),
@@ -145,3 +142,8 @@ def check_fit(module: nn.Module, entries: Entries, path: Path) -> None:
     }
     if said := [f"{len(names)} {fault}: {', '.join(names[:10])}" for fault, names in faults.items() if names]:
         raise UserError(f"{path} does not fit {type(module).__name__}; {'; '.join(said)}")
+
+
+def _becomes(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers may be cast: to floats, but not to 8 bits, which count in a scale of their own."""
+    return stored == wanted if wanted in BY_CHANNEL else stored.is_floating_point

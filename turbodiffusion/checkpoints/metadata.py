@@ -60,7 +60,7 @@ class Report:
     quantised: dict[str, str] = field(default_factory=dict)  # those stored in 8 bits, and their scheme
 
     @property
-    def int8_layers(self) -> list[str]:
+    def eight_bit_layers(self) -> list[str]:
         """The linear layers that have 8 bits when the network runs in 8 bits."""
         return list(self.quantised or self.linear)
 

@@ -1,6 +1,7 @@
-"""INT8 weights of linear layers in checkpoints: which there are, to floats and from floats, one at a time.
+"""8-bit weights of linear layers in checkpoints: which there are, to floats and from floats, one at a time.
 
-int8: ours, which networks run: a scale for each output channel, as `X.weight` int8 with `X.scale` (out,).
+int8, fp8: ours, which networks run: a scale for each output channel, as `X.weight`, int8 or e4m3, with
+`X.scale` (out,).
 tiles: that of published `-quant` files: a scale for each 128 x 128 tile, as `X.int8_weight` with `X.scale` or
 as int8 `X.weight` with `X.weight_scale_inv`.
 """
@@ -15,11 +16,13 @@ from torch import Tensor
 from turbodiffusion.checkpoints.keys import is_projection
 from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import quantise_rows
+from turbodiffusion.models.int8 import LINEARS
 
 TILE = 128
-NONE, INT8, TILES = "none", "int8", "tiles"
-QUANTS = (NONE, INT8, "auto")  # what may be asked of a network
+NONE, INT8, FP8, TILES = "none", *LINEARS, "tiles"
+QUANTS = (NONE, *LINEARS, "auto")  # what may be asked of a network
+# what has a scale for each output channel -> its scheme
+BY_CHANNEL = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
 
 
 def quantise_tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,20 +38,21 @@ def quantise_tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
     return integers.view(whole.shape)[:rows, :columns].contiguous(), largest[:, 0, :, 0] / 128
 
 
-# the leaf that gives a pair away -> integers and scales
+# the leaf that gives a pair away -> numbers and scales
 _PARTS = {
     "scale": ("weight", "scale"),
     "int8_weight": ("int8_weight", "scale"),
     "weight_scale_inv": ("weight", "weight_scale_inv"),
 }
-# a scheme's name for the integers, and what makes them
-_SCHEMES = {INT8: ("weight", quantise_rows), TILES: ("int8_weight", quantise_tiles)}
+# a scheme's name for the numbers, their dtype, and what makes them
+_SCHEMES = {scheme: ("weight", dtype, LINEARS[scheme].quantise) for dtype, scheme in BY_CHANNEL.items()}
+_SCHEMES[TILES] = ("int8_weight", torch.int8, quantise_tiles)
 
 
 def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight (out, in) int8 times the scale of its channel (out,) or of its tile -> fp32 (out, in)."""
+    """weight (out, in) in 8 bits times the scale of its channel (out,) or of its tile -> fp32 (out, in)."""
     if scale.ndim == 1:
-        return weight * scale.float().unsqueeze(1)
+        return weight.float() * scale.float().unsqueeze(1)
     rows, columns = weight.shape
     full = scale.float().repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
     return full.mul_(weight)
@@ -66,22 +70,27 @@ def linear_layers(floats: Entries) -> dict[str, int]:
 
 def stored_layers(entries: Entries) -> dict[str, str]:
     """The layers whose weights are stored in 8 bits -> their scheme.  UserError for a pair that is none."""
-    return {layer: INT8 if len(entries[scale].shape) == 1 else TILES for layer, _, scale in _pairs(entries)}
+    return {
+        layer: BY_CHANNEL[entries[numbers].dtype] if len(entries[scale].shape) == 1 else TILES
+        for layer, numbers, scale in _pairs(entries)
+    }
 
 
 def settled(asked: str, stored: dict[str, str]) -> str:
-    """none or int8: how a network runs whose file stores these layers in 8 bits; auto: as its file does.
+    """none, int8 or fp8: how a network runs whose file stores these layers in 8 bits; auto: as its file does.
 
     Tiles, which have no kernel here, count as none.  Raises UserError for what is none of QUANTS.
     """
     if asked not in QUANTS:
         raise UserError(f"quant={asked}: choose {', '.join(QUANTS[:-1])} or {QUANTS[-1]}")
-    is_ours = set(stored.values()) == {INT8}
-    return INT8 if asked == INT8 or (asked != NONE and is_ours) else NONE
+    if asked != "auto":
+        return asked
+    schemes = set(stored.values())
+    return schemes.pop() if len(schemes) == 1 and schemes <= LINEARS.keys() else NONE
 
 
 def dequantised(entries: Entries, dtype: torch.dtype) -> Entries:
-    """The same tensors with every pair of integers and scales replaced by one `.weight` in `dtype`.
+    """The same tensors with every pair of numbers and scales replaced by one `.weight` in `dtype`.
 
     Raises UserError for one without the other and for scales that do not match.
     """
@@ -101,19 +110,19 @@ def quantised(floats: Entries, layers: Collection[str], scheme: str) -> Entries:
 
 
 class EightBits:
-    """A layer's weight in a scheme of 8 bits: its integers made anew whenever asked for, its scales once."""
+    """A layer's weight in a scheme of 8 bits: its numbers made anew whenever asked for, its scales once."""
 
     def __init__(self, layer: str, weight: Entry, scheme: str):
         self.layer, self.weight = layer, weight
-        self.leaf, self.quantise = _SCHEMES[scheme]
+        self.leaf, self.dtype, self.quantise = _SCHEMES[scheme]
         rows, columns = weight.shape
-        self.grid = (rows,) if scheme == INT8 else (math.ceil(rows / TILE), math.ceil(columns / TILE))
+        self.grid = (rows,) if scheme in LINEARS else (math.ceil(rows / TILE), math.ceil(columns / TILE))
         self._scale: Tensor | None = None
 
     def entries(self) -> Entries:
-        """The integers and their scales, under the scheme's names."""
+        """The numbers and their scales, under the scheme's names."""
         return {
-            f"{self.layer}.{self.leaf}": Entry(self.weight.shape, torch.int8, self._load_integers),
+            f"{self.layer}.{self.leaf}": Entry(self.weight.shape, self.dtype, self._load_numbers),
             f"{self.layer}.scale": Entry(self.grid, torch.float32, self._load_scale),
         }
 
@@ -125,21 +134,21 @@ class EightBits:
             raise UserError(
                 f"{self.layer} holds NaN or infinities, which have no 8-bit form: mend the checkpoint"
             )
-        noise = (dequantise(self._load_integers(), self._load_scale()) - exact).norm().item()
+        noise = (dequantise(self._load_numbers(), self._load_scale()) - exact).norm().item()
         return 20 * math.log10(signal / noise) if noise else math.inf
 
-    def _load_integers(self) -> Tensor:
-        integers, self._scale = self.quantise(self.weight.load())
-        return integers
+    def _load_numbers(self) -> Tensor:
+        numbers, self._scale = self.quantise(self.weight.load())
+        return numbers
 
     def _load_scale(self) -> Tensor:
         if self._scale is None:
-            self._load_integers()
+            self._load_numbers()
         return self._scale
 
 
 def _pairs(entries: Entries) -> Iterator[tuple[str, str, str]]:
-    """Layer, name of the integers, name of the scales; UserError for half a pair and for what is none."""
+    """Layer, name of the numbers, name of the scales; UserError for half a pair and for what is none."""
     for name in entries:
         layer, _, leaf = name.rpartition(".")
         if leaf not in _PARTS or (leaf == "scale" and f"{layer}.int8_weight" in entries):
@@ -150,10 +159,11 @@ def _pairs(entries: Entries) -> Iterator[tuple[str, str, str]]:
         weight, scale = (entries[part] for part in names)
         tiles = tuple(math.ceil(size / TILE) for size in weight.shape)
         wanted, each = (weight.shape[:1], "channel") if leaf == "scale" else (tiles, "128 x 128 tile")
-        if weight.dtype != torch.int8 or len(weight.shape) != 2 or scale.shape != wanted:
+        known = list(BY_CHANNEL) if leaf == "scale" else [torch.int8]
+        if weight.dtype not in known or len(weight.shape) != 2 or scale.shape != wanted:
             raise UserError(
                 f"quantised layer {layer} has {weight.dtype} weights {weight.shape} and scales "
-                f"{scale.shape}; wanted int8 and one scale for each {each}, {wanted}"
+                f"{scale.shape}; wanted {' or '.join(map(str, known))}, and a scale for each {each}, {wanted}"
             )
         yield layer, *names
 

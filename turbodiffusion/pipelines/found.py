@@ -10,7 +10,7 @@ from turbodiffusion import checkpoints
 from turbodiffusion.attention import Attention, chosen, fastest, spoken
 from turbodiffusion.checkpoints import Report
 from turbodiffusion.checkpoints.metadata import empty_module
-from turbodiffusion.checkpoints.quantised import INT8, settled
+from turbodiffusion.checkpoints.quantised import NONE, settled
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
@@ -35,7 +35,7 @@ class Found:
     variant: Variant
     sampling: Sampling
     attention: Attention
-    quant: str  # none or int8
+    quant: str  # none, int8 or fp8
     reports: dict[str, Report]  # by the names of Models
     tokenizer: Path | None
 
@@ -107,8 +107,8 @@ def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: 
     result = []
     for name, report in found.reports.items():
         weights = sum(count // kind.itemsize * dtype.itemsize for kind, (_, count) in report.dtypes.items())
-        if name.startswith("network") and found.quant == INT8:
-            weights -= sum(report.linear[layer] for layer in report.int8_layers) * (dtype.itemsize - 1)
+        if name.startswith("network") and found.quant != NONE:
+            weights -= sum(report.linear[layer] for layer in report.eight_bit_layers) * (dtype.itemsize - 1)
         # of a network two blocks of `layers`, and what is outside the blocks, about one more
         parts = max(3, config["layers"]) if name.startswith("network") else 3
         activations = work.get(name, int(ENCODER_ACTIVATIONS * weights))
@@ -156,10 +156,10 @@ def _attention(options: Options, networks: list[Report]) -> Attention:
 
 
 def _quant(options: Options, networks: list[Report]) -> str:
-    """none or int8, as asked or as the networks' files say."""
+    """none, int8 or fp8, as asked or as the networks' files say."""
     first, *others = (settled(options.quant, report.quantised) for report in networks)
     if any(other != first for other in others):
-        raise UserError("one expert is quantised and the other is not: pass quant=none or quant=int8.")
+        raise UserError("the experts are quantised in two ways: pass quant=none, quant=int8 or quant=fp8.")
     return first
 
 
