@@ -1,16 +1,20 @@
 """Benchmarks of real-size networks, at the smallest size and on a CPU."""
 
 import importlib
+import json
 import pkgutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tools import bench
-from tools.bench import sla_step
+from tools.bench import __main__ as whole
+from tools.bench import generation, sla_step
 from tools.bench.forward import Options, gate, random_network
 from tools.bench.timing import gpu_console
+from tools.bench.vae import flop_of
 from turbodiffusion.errors import UserError
 from turbodiffusion.variants import variant
 
@@ -45,3 +49,70 @@ def test_networks_that_differ_from_dense_fp32_are_not_timed() -> None:
     network.blocks[1].ffn[0].weight.data[:] = torch.nan
     with pytest.raises(SystemExit, match="dense differs from dense fp32 by nan: not timed"):
         gate(network, row, ["dense"], Options(device="cpu"))
+
+
+def run_whole(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    tiny = [
+        "variant=wan_tiny",
+        "device=cpu",
+        "size=32x32",
+        "frames=5",
+        "steps=2",
+        "repeats=1",
+        "compile=false",
+    ]
+    sparse = ["attention=sla", "block_q=2", "block_k=2", "ratio=0.5"]
+    monkeypatch.setattr(sys, "argv", ["bench", *tiny, *sparse, *words])
+    whole.main()
+
+
+def test_every_factor_and_stage_is_timed_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_whole(monkeypatch, f"dst={tmp_path}/new/bench")
+    table = json.loads((tmp_path / "new" / "bench.json").read_text())
+    ways = ["dense", "sparse-linear attention", "fused norms", "linear layers in int8"]
+    assert list(table["forwards"]) == ways
+    spent = table["denoising"]
+    assert list(spent.values()) == [
+        100 * table["dense"]["eager"],
+        *(2 * table["forwards"][way] for way in ways),
+        table["stages"]["denoise"],
+    ]
+    assert table["stages"].keys() == {"text", "denoise", "decode", "write"}
+    assert min(*spent.values(), *table["stages"].values()) > 0
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*spent, *table["stages"]))
+
+
+def test_generations_alone_are_timed_with_guidance(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run_whole(monkeypatch, "compare=false", "guided=true", "quant=none", "offload=stage")
+    printed = capsys.readouterr().out
+    assert "decode" in printed
+    assert "50 guided steps" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["cap=24"], "cap= limits the memory of a CUDA device"), (["variant=wan2.1_i2v_14b_480p"], "from text")],
+)
+def test_what_can_not_be_timed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run_whole(monkeypatch, *words)
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_off_is_no_factor() -> None:
+    ways = generation.ways(generation.Options(attention="dense", quant="none"))
+    assert [way.label for way in ways] == ["dense", "fused norms"]
+
+
+def test_operations_of_convolutions_are_counted() -> None:
+    # a causal 3x3x3 from 96 to 4 channels over 4 new frames of 5x6, and a 3x3 over 2 images
+    assert flop_of([[1, 96, 6, 5, 6], [4, 96, 3, 3, 3]]) == 2 * (4 * 5 * 6) * 96 * 27 * 4
+    assert flop_of([[2, 8, 5, 6], [3, 8, 3, 3]]) == 2 * (2 * 5 * 6) * 8 * 9 * 3
