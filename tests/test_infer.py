@@ -66,6 +66,7 @@ def run(
 
     def type_in(*words: str) -> Outcome:
         small = ["steps=1", "frames=5", "size=32x32", "prompt=a cat", f"out={tmp_path / 'out'}"]
+        small += ["text_cache=none"]
         given = [f"{name}={path}" for name, path in files.items()]
         monkeypatch.setattr("sys.argv", ["infer.py", *given, *small, *words])
         code = 0
@@ -156,9 +157,12 @@ def test_it_reports_every_stage_and_its_time(run: Callable) -> None:
         (["ratio=0.1"], "dense attention has no ratio: pass attention=sla"),
         (["attention=sla", "ratio=1.5"], "ratio=1.5"),
         (["attention=sla", "block_k=0"], "at least one token"),
-        (["quant=fp8"], "quant=fp8: choose none, int8 or auto"),
+        (["quant=fp4"], "quant=fp4: choose none, int8, fp8 or auto"),
         (["offload=disk"], "none, stage, block"),
         (["tiling=maybe"], "true, false, auto"),
+        (["graph=maybe"], "auto, true, false"),
+        (["graph=true", "device=cpu"], "graph=true records what a CUDA device does"),
+        (["compile=true", "offload=block"], "compile=true needs weights that stay"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(run: Callable, words: list[str], said: str) -> None:
@@ -212,7 +216,16 @@ def test_the_traceback_is_there_for_who_wants_it(run: Callable, monkeypatch: pyt
 def type_in_a_shell(files: dict[str, str], *words: str, **settings: object) -> subprocess.Popen:
     given = [f"{name}={path}" for name, path in files.items()]
     return subprocess.Popen(
-        [sys.executable, "infer.py", *given, "prompt=a cat", "frames=5", "size=32x32", *words],
+        [
+            sys.executable,
+            "infer.py",
+            *given,
+            "prompt=a cat",
+            "frames=5",
+            "size=32x32",
+            "text_cache=none",
+            *words,
+        ],
         **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **settings},
     )
 

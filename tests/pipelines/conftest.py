@@ -43,6 +43,7 @@ class Family:
         if (low := self.folder / "low.safetensors").exists():
             files["ckpt_low"] = str(low)
         small = {"prompt": "a cat", "steps": 2, "frames": 5, "size": "64x32", "out": str(self.folder / "out")}
+        small["text_cache"] = "none"
         return replace(read(OmegaConf.merge(cfg, files, small)), **changed)
 
 

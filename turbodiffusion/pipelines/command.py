@@ -19,13 +19,16 @@ from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, find, load, stages
-from turbodiffusion.pipelines.generate import Clip, OnProgress, Pipeline, Watch
+from turbodiffusion.pipelines.generate import Clip, Pipeline
+from turbodiffusion.pipelines.graphs import check_graph
 from turbodiffusion.pipelines.memory import Free, Plan, free_memory, readable
 from turbodiffusion.pipelines.offload import check_offload
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import command, environment, fingerprint
 from turbodiffusion.pipelines.request import Request, Shot, pick_device, pick_dtype, resolve
+from turbodiffusion.pipelines.texts import cache_folder
 from turbodiffusion.pipelines.video_io import read_picture, to_uint8, write_picture, write_video
+from turbodiffusion.pipelines.watch import OnProgress, Watch
 
 _Right = partial(Column, justify="right")
 
@@ -41,13 +44,16 @@ def generate(options: Options) -> None:
         found = find(options)
         request = resolve(options, found.variant, found.sampling, found.multiple())
         plan = make_plan(options, found, request, dtype, free_memory(device))
+        graph = check_graph(options.graph, options.compile, device, plan.offload)
         # every "auto" and every default that is used, written out
         sampled = ("steps", "shift", "sigma_max", "boundary", "frames", "fps", "sampler")
         settled = replace(
             options,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
+            graph=str(graph).lower(),
             tiling=str(plan.tiled).lower(),
+            text_cache=str(cache_folder(options.text_cache) or "none"),
             attention=found.attention["name"],
             quant=found.quant,
             **{name: found.attention.get(name) for name in ("ratio", "block_q", "block_k")},
@@ -84,10 +90,17 @@ class Run:
         loading = Watch(device)
         with console.status("loading the models"), loading.stage("loading"):
             home = device if offload == "none" else torch.device("cpu")
-            models = load(found, device=home, dtype=pick_dtype(options.dtype, device))
-        tiled = options.tiling == "true"
+            dtype, texts = pick_dtype(options.dtype, device), cache_folder(options.text_cache)
+            models = load(found, device=home, dtype=dtype, text_cache=texts)
         self.pipeline = Pipeline(
-            models, request.sampling, device=device, offload=offload, tiled=tiled, ode=options.ode
+            models,
+            request.sampling,
+            device=device,
+            offload=offload,
+            tiled=options.tiling == "true",
+            ode=options.ode,
+            graph=options.graph == "true",
+            compile=options.compile,
         )
         self.seconds = Counter(loading.seconds)
         files = {name: report.path for name, report in found.reports.items()}

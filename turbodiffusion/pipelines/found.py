@@ -12,6 +12,7 @@ from turbodiffusion.checkpoints import Report
 from turbodiffusion.checkpoints.metadata import empty_module
 from turbodiffusion.checkpoints.quantised import NONE, settled
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import TILE, decode_bytes
@@ -19,8 +20,10 @@ from turbodiffusion.models.wan import PATCH, WanModel
 from turbodiffusion.pipelines.generate import Models, latent_shape, vae_chunk
 from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, denoise_bytes
 from turbodiffusion.pipelines.options import Options
+from turbodiffusion.pipelines.record import fingerprint
 from turbodiffusion.pipelines.request import pick_device, pick_dtype
 from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.pipelines.texts import StoredTexts
 from turbodiffusion.variants import Sampling, Variant, variants
 
 SMALL_WORLD = "wan_tiny"
@@ -74,8 +77,8 @@ def find(options: Options) -> Found:
     return Found(variant, report.sampling or variant.sampling, attention, quant, reports, tokenizer)
 
 
-def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
-    """The models, on the device."""
+def load(found: Found, *, device: torch.device, dtype: torch.dtype, text_cache: Path | None = None) -> Models:
+    """The models, on the device.  A text_cache spares the text encoder, until a text is not in there."""
 
     def load_network(path: Path, **where: object) -> WanModel:
         known = {"variant": found.variant.name, "quant": found.quant}
@@ -83,11 +86,18 @@ def load(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
         network.set_attention(found.attention, drop_linear=True)  # `find` has refused what was not asked for
         return network
 
+    def load_texts(path: Path, **where: object) -> TextEncoder | StoredTexts:
+        read = partial(checkpoints.load_text_encoder, path, tokenizer=found.tokenizer, **where)
+        if text_cache is None:
+            return read()
+        files = [fingerprint(file)["quick_sha256"] for file in (path, found.tokenizer) if file]
+        return StoredTexts(read, text_cache, " ".join([*files, str(dtype), device.type]))
+
     loaders = {
         "network": load_network,
         "network_low": load_network,
         "vae": checkpoints.load_vae,
-        "text_encoder": partial(checkpoints.load_text_encoder, tokenizer=found.tokenizer),
+        "text_encoder": load_texts,
         "image_encoder": checkpoints.load_image_encoder,
     }
     paths = {name: report.path for name, report in found.reports.items()}

@@ -23,6 +23,7 @@ from turbodiffusion.pipelines.offload import Offload, Residence
 from turbodiffusion.pipelines.schedule import TEACHERS, sampling_times
 from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, latent_frames
 from turbodiffusion.pipelines.steps import Runner, Steps
+from turbodiffusion.pipelines.texts import StoredTexts
 from turbodiffusion.pipelines.watch import OnProgress, Watch, in_step
 from turbodiffusion.samplers.denoiser import Denoiser
 from turbodiffusion.samplers.few_step import sample_rcm
@@ -35,11 +36,11 @@ CHUNK_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What a pipeline runs.  network_low is the low-noise one of two experts."""
+    """What a pipeline runs.  network_low is the low-noise one of two experts; stored texts spare encoding."""
 
     network: WanModel
     vae: VideoVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | StoredTexts
     network_low: WanModel | None = None
     image_encoder: ImageEncoder | None = None
 
@@ -160,7 +161,7 @@ class Pipeline:
         self._check_pictures(clip)
         shape = latent_shape(vae, clip.frames, clip.size)
         with watch.stage("text"):
-            context, negative = self._texts(clip)
+            context, negative = self._texts(clip, watch)
         return Encoded(shape=shape, context=context, negative=negative, **self._known(clip, shape, watch))
 
     @torch.no_grad()
@@ -213,18 +214,29 @@ class Pipeline:
             if free < total / 2:
                 for runner in self.runners.values():
                     runner.forget()
+                torch.cuda.empty_cache()
 
-    def _texts(self, clip: Clip) -> tuple[Tensor, Tensor | None]:
+    def _texts(self, clip: Clip, watch: Watch) -> tuple[Tensor, Tensor | None]:
         """Context (B, S, E), and the negative prompt's (1, S, E) where guidance needs it."""
         sampling = self.sampling
         guided = sampling.guidance != 1 or (sampling.guidance_low or 1) != 1
         negative = sampling.negative_prompt if clip.negative is None else clip.negative
         texts = [*clip.prompts, negative] if guided else list(clip.prompts)
-        encoder = self.models.text_encoder
-        self.residence.use(encoder)
         # each alone: a batch is padded to its longest text, which would show in the last bits
-        context = torch.cat([encoder([text]) for text in texts])
+        context = torch.cat([self._context(text, watch) for text in texts])
         return (context[:-1], context[-1:]) if guided else (context, None)
+
+    def _context(self, text: str, watch: Watch) -> Tensor:
+        """(1, S, E)."""
+
+        def encode(encoder: TextEncoder) -> Tensor:
+            self.residence.use(encoder)
+            return encoder([text])
+
+        source = self.models.text_encoder
+        if isinstance(source, StoredTexts):
+            return source.context(text, encode, watch).to(self.device)
+        return encode(source)
 
     def _check_pictures(self, clip: Clip) -> None:
         tokens = self.models.network.config["clip_tokens"]

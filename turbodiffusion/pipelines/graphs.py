@@ -14,11 +14,16 @@ Replay = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
-def check_graph(name: str, device: torch.device, offload: Offload) -> bool:
-    """Whether steps are recorded: as asked or, with auto, where they can be."""
+def check_graph(name: str, compiled: bool, device: torch.device, offload: Offload) -> bool:
+    """Whether steps are recorded: as asked or, with auto, where they can be.
+
+    UserError for what can not be recorded, or compiled.
+    """
     choices = ("auto", "true", "false")
     if name not in choices:
         raise UserError(f"graph={name} is not one of {', '.join(choices)}.")
+    if compiled and offload == "block":
+        raise UserError("compile=true needs weights that stay in their place: leave offload=block away.")
     if name != "auto":
         if name == "true" and device.type != "cuda":
             raise UserError(f"graph=true records what a CUDA device does, and this is {device}.")

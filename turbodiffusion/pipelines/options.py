@@ -43,6 +43,9 @@ class Options:
     drop_linear: bool = MISSING
     quant: str = MISSING
     offload: str = MISSING
+    graph: str = MISSING
+    compile: bool = MISSING
+    text_cache: str = MISSING
     tiling: str = MISSING
     plan_only: bool = MISSING
     out: str = MISSING
