@@ -180,10 +180,10 @@ def test_a_stage_within_a_stage_is_counted_once() -> None:
 )
 def test_graphs_are_where_they_can_be(asked: str, device: str, offload: str, answer: bool | str) -> None:
     if isinstance(answer, bool):
-        assert check_graph(asked, False, torch.device(device), offload) is answer
+        assert check_graph(asked, torch.device(device), offload) is answer
     else:
         with pytest.raises(UserError, match=answer):
-            check_graph(asked, False, torch.device(device), offload)
+            check_graph(asked, torch.device(device), offload)
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def generate(options: Options) -> None:
         found = find(options)
         request = resolve(options, found.variant, found.sampling, found.multiple())
         plan = make_plan(options, found, request, dtype, free_memory(device))
-        graph = check_graph(options.graph, options.compile, device, plan.offload)
+        graph = check_graph(options.graph, device, plan.offload, compiled=options.compile)
         # every "auto" and every default that is used, written out
         sampled = ("steps", "shift", "sigma_max", "boundary", "frames", "fps", "sampler")
         settled = replace(

@@ -14,7 +14,7 @@ Replay = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
-def check_graph(name: str, compiled: bool, device: torch.device, offload: Offload) -> bool:
+def check_graph(name: str, device: torch.device, offload: Offload, *, compiled: bool = False) -> bool:
     """Whether steps are recorded: as asked or, with auto, where they can be.
 
     UserError for what can not be recorded, or compiled.
