@@ -102,7 +102,7 @@ def test_an_autoencoder_is_the_same_with_and_without_kernels() -> None:
         parameter.data += 0.02 * torch.randn_like(parameter)
     results = []
     for mode in (nullcontext, unfused):
-        with mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             latents = vae.encode(frames, chunk=1)
             results.append((latents, vae.decode(latents, chunk=1)))
     for fused, plain in zip(*results, strict=True):

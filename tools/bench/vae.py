@@ -70,7 +70,7 @@ def gate(vae: VideoVAE, device: torch.device) -> dict[str, tuple[float, float, f
     whole, errors = deepcopy(vae).float(), {}
     for name, x in inputs.items():
         runs = [partial(getattr(model, name), x, chunk=2) for model in (whole, vae)]
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             (truth, fused32), (plain, fused) = ((as_plain(run), run()) for run in runs)
         exact, lost, kept = ((y - truth).norm().item() / truth.norm().item() for y in (fused32, plain, fused))
         errors[name] = exact, lost, kept
