@@ -174,7 +174,7 @@ def generate(models: Models, row: Variant, options: Options, result: Measured) -
             model.to("cpu")
     sampling = row.sampling if options.guided else row.sampling.as_student(SIGMA_MAX)
     sampling = replace(sampling, steps=options.steps)
-    graph = check_graph(options.graph, False, device, offload)
+    graph = check_graph(options.graph, device, offload)
     pipeline = Pipeline(models, sampling, device=device, offload=offload, graph=graph)
     size = Size(*map(int, options.size.split("x")))
     # texts are new to whatever remembers them
