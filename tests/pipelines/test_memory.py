@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import decode_bytes
 from turbodiffusion.models.wan import WanModel
-from turbodiffusion.pipelines.memory import denoise_bytes
+from turbodiffusion.pipelines.memory import constant_bytes, denoise_bytes
 from turbodiffusion.variants import CONFIGS, variants
 
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -77,6 +77,17 @@ def test_denoising_takes_what_the_plan_says(
         model(x, times, context)
     # not below, or a run that is promised to fit does not; not far above, or one that fits is refused
     assert 1 <= denoise_bytes(model.config, latents, BF16, per_token=per_token) / living.peak < 1.25
+
+
+@torch.no_grad()
+def test_constants_take_what_the_plan_says() -> None:
+    with META:
+        model = half(WanModel(**{**variants()["wan2.1_i2v_14b_480p"].network, "layers": 2}))
+        x, context = torch.empty(1, 16, 21, 60, 104), torch.empty(1, 512, 4096)
+        prepared = model.prepare(x, context, torch.empty(1, 257, 1280))
+    one = sum(x.nbytes for given in prepared.blocks.values() for memory in given for x in memory)
+    # of both texts, and the copy that a graph reads
+    assert constant_bytes(model.config, BF16, networks=1) == 3 * one
 
 
 @pytest.mark.parametrize(

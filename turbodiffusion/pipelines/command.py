@@ -196,7 +196,7 @@ def _show_plan(console: Console, plan: Plan, title: str) -> None:
     columns = ("model", _Right("weights"), _Right("at work"))
     table = Table(*columns, title=f"memory plan: {title}", title_justify="left")
     for stage in plan.stages:
-        table.add_row(stage.name, readable(stage.weights), readable(stage.activations))
+        table.add_row(stage.name, readable(stage.weights), readable(stage.activations + stage.constants))
     console.print(table)
     console.print(plan.verdict() + (" The VAE works in tiles." if plan.tiled else ""))
 

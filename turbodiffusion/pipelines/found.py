@@ -18,7 +18,7 @@ from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import TILE, decode_bytes
 from turbodiffusion.models.wan import PATCH, WanModel
 from turbodiffusion.pipelines.generate import Models, latent_shape, vae_chunk
-from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, denoise_bytes
+from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, constant_bytes, denoise_bytes
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import fingerprint
 from turbodiffusion.pipelines.request import pick_device, pick_dtype
@@ -114,6 +114,7 @@ def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: 
     denoise = denoise_bytes(config, latents, dtype, per_token="ti2v" in found.variant.tasks)
     decode = clip + decode_bytes(vae, (latents[1], *piece), chunk=chunk)
     work = {"network": denoise, "network_low": denoise, "vae": decode}
+    constants = constant_bytes(config, dtype, networks=2 if "network_low" in found.reports else 1)
     result = []
     for name, report in found.reports.items():
         weights = sum(count // kind.itemsize * dtype.itemsize for kind, (_, count) in report.dtypes.items())
@@ -122,7 +123,8 @@ def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: 
         # of a network two blocks of `layers`, and what is outside the blocks, about one more
         parts = max(3, config["layers"]) if name.startswith("network") else 3
         activations = work.get(name, int(ENCODER_ACTIVATIONS * weights))
-        result.append(Stage(name, weights, 3 * weights // parts, activations))
+        kept = constants if name.startswith("network") else 0
+        result.append(Stage(name, weights, 3 * weights // parts, activations, kept))
     return tuple(result)
 
 

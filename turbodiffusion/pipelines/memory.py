@@ -21,12 +21,16 @@ ENCODER_ACTIVATIONS = 0.05
 
 @dataclass(frozen=True)
 class Stage:
-    """One module at work: bytes of its weights, of what block mode keeps of them at once, and of the rest."""
+    """One module at work: bytes of its weights, of what block mode keeps of them at once, and of the rest.
+
+    constants: what steps keep for the next; streamed blocks keep nothing.
+    """
 
     name: str
     weights: int
     streamed: int
     activations: int
+    constants: int = 0
 
 
 class Free(NamedTuple):
@@ -49,10 +53,11 @@ class Plan:
     def peak(self, mode: Offload) -> int:
         """Bytes on the device at the worst moment."""
         if mode == "none":
-            most = max(stage.activations for stage in self.stages)
+            most = max(stage.activations + stage.constants for stage in self.stages)
             return most + sum(stage.weights for stage in self.stages)
-        part = "weights" if mode == "stage" else "streamed"
-        return max(getattr(stage, part) + stage.activations for stage in self.stages)
+        if mode == "stage":
+            return max(stage.weights + stage.activations + stage.constants for stage in self.stages)
+        return max(stage.streamed + stage.activations for stage in self.stages)
 
     def fits(self, mode: Offload) -> bool:
         """Whether the mode's peak is free on the device, and its weights in host memory where they wait."""
@@ -98,6 +103,12 @@ def denoise_bytes(
     modulation = 4 * 7 * dim if per_token else 0
     sampler = 8 * 8 * z * t * h * w
     return tokens * (max(attention, feed_forward) + modulation) + sampler
+
+
+def constant_bytes(config: dict[str, int], dtype: torch.dtype, networks: int) -> int:
+    """Keys and values of a prompt and its negative, for each network, and the one copy that a graph reads."""
+    tokens = config["text_length"] + config["clip_tokens"]
+    return (2 * networks + 1) * 2 * config["layers"] * tokens * config["dim"] * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> Free:
