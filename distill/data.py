@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.flow_matching import Captioned
 from distill.objective import seed_of
 from distill.replicas import rank
+from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.small_world.captions import PHRASINGS, caption
@@ -162,6 +163,10 @@ class EncodedClips:
     clips: int = 32768
     held_out: int = 128
     cache: str | None = None
+
+    def __post_init__(self):
+        if min(self.clips, self.held_out) < 1:
+            raise UserError(f"got clips={self.clips} and held_out={self.held_out}, wanted at least one of each")
 
     def load(self, vae: VideoVAE, text_encoder: TextEncoder) -> tuple[LatentClips, LatentClips]:
         """The training clips, and held-out combinations in batches of all of them, on the VAE's device."""

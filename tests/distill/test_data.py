@@ -6,6 +6,7 @@ import torch
 
 from distill.data import EncodedClips, LatentClips, RenderedClips, Shuffle, Window, encode_clips
 from distill.flow_matching import TextToVelocity
+from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.small_world.captions import PHRASINGS, caption
 from turbodiffusion.small_world.sprites import Sprites, load_sprites
@@ -92,3 +93,9 @@ def test_cached_clips_are_read_back_and_renewed_with_the_vae(
     third, _ = clips.load(vae, text_encoder)
     assert file.stat().st_mtime_ns != written
     assert not torch.equal(first.batch(0).latents, third.batch(0).latents)
+
+
+@pytest.mark.parametrize("counts", [{"clips": 0}, {"held_out": 0}])
+def test_no_clips_are_refused(counts: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="at least one"):
+        EncodedClips(SMALL, count=1, seed=0, **counts)
