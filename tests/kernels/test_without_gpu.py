@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("block_map", "block_sparse", "linear_attention", "int8_linear", "norms", "pixels")
+SLOW = ("block_map", "block_sparse", "linear_attention", "int8_linear", "norms", "pixels", "causal_conv")
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +25,7 @@ def test_cpu_needs_no_triton() -> None:
         "import sys\n"
         "sys.modules['triton'] = None\n"  # any import of it now raises
         "import torch\n"
+        "from kernels.causal_conv import causal_conv\n"
         "from kernels.flash_jvp import attention\n"
         "from kernels.block_map import block_map\n"
         "from kernels.block_sparse import sparse_attention\n"
@@ -42,6 +43,7 @@ def test_cpu_needs_no_triton() -> None:
         "int8_linear(q, *quantise_rows(torch.eye(64)))\n"
         "add_gated(q[0], k[0], v[0])\n"
         "enlarge(q.unsqueeze(0))\n"
+        "causal_conv(torch.randn(1, 32, 3, 4, 4), torch.randn(32, 32, 3, 3, 3))\n"
     )
     result = run("-c", code, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr

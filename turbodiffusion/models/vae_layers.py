@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import pixels
+from kernels.causal_conv import causal_conv as convolve_causal
 from kernels.reference_pixels import rms_norm
 
 Past = dict[nn.Conv3d, Tensor]
@@ -74,9 +75,9 @@ def activated(norm: RMSNorm, conv: nn.Conv3d, x: Biased, past: Past | None) -> T
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Biased:
-    """The convolution, and its bias where the next kernel adds that on its way: by itself it is a pass."""
+    """A causal convolution, and its bias where the next kernel adds that on its way: alone it is a pass."""
     if pixels.fuses(x):
-        return F.conv3d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+        return convolve_causal(x, conv.weight), conv.bias
     return conv(x), None
 
 
