@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.tiles import LOG2E, allow_descriptors
+from kernels.tiles import HAS_GLUON, LOG2E, allow_descriptors
 
 TINY = tl.constexpr(reference.TINY)
 # added to a number below 2^22, it leaves that, rounded to the nearest even, in the lowest bits
@@ -27,8 +27,7 @@ class Form(NamedTuple):
     """How products are laid out: a tile's rows, columns and depth, warps, stages of the load pipeline.
 
     tma: loads and stores by descriptors, each program computing one tile after another.  halves: a tile is
-    finished by halves of its columns, which leaves registers and shared memory.  specialised: with warps of
-    their own to load; Triton 3.6 has built such kernels that race, so only after a trial.
+    finished by halves of its columns, which leaves registers and shared memory.
     """
 
     rows: int
@@ -38,7 +37,6 @@ class Form(NamedTuple):
     stages: int
     tma: bool = False
     halves: bool = False
-    specialised: bool = False
 
 
 class Finish(NamedTuple):
@@ -57,12 +55,20 @@ class Finish(NamedTuple):
 # tests/kernels/test_int8_linear_compile.py holds them to limits
 PORTABLE = Form(128, 128, 64, 8, 4)
 HOPPER = Form(128, 256, 128, 8, 4, tma=True, halves=True)
-SPECIALISED = Form(128, 256, 128, 4, 3, tma=True, halves=True, specialised=True)
 
 
-def forms_for(capability: int, aligned: bool) -> list[Form]:
-    """What runs on a GPU of that capability, 90 for 9.0; best first.  aligned: as takes_descriptors says."""
-    return [HOPPER, PORTABLE] if capability == 90 and aligned else [PORTABLE]
+def forms_for(capability: int, aligned: bool) -> list[NamedTuple]:
+    """What runs on a GPU of that capability, 90 for 9.0; best first.  aligned: as takes_descriptors says.
+
+    One that is no Form is of the kernel in kernels/int8_linear_hopper.py.
+    """
+    if capability != 90 or not aligned:
+        return [PORTABLE]
+    if not HAS_GLUON:
+        return [HOPPER, PORTABLE]
+    from kernels.int8_linear_hopper import FORM
+
+    return [FORM, HOPPER, PORTABLE]
 
 
 def takes_descriptors(x: Tensor, weight: Tensor, dtype: torch.dtype, add: Tensor | None, parts: int) -> bool:
@@ -137,12 +143,18 @@ def _split(tile, HALVES: tl.constexpr):
     return tiles
 
 
+@triton.jit
+def gelu(y):
+    """By tanh."""
+    # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which loses nothing where it is small
+    return y / (1.0 + tl.exp2((y + 0.044715 * y * y * y) * GELU_SLOPE))
+
+
 @triton.jit(do_not_specialize=("M", "HEIGHT", "EVERY"))
 def product_kernel(
     x_ptr, w_ptr, x_step_ptr, w_step_ptr, bias_ptr, add_ptr, gate_ptr, y_ptr, M, N, K, HEIGHT, EVERY,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
-    HALVES: tl.constexpr, GROUP: tl.constexpr, SPECIALISED: tl.constexpr,
-    GELU: tl.constexpr, IS_ONE: tl.constexpr, PARTS: tl.constexpr,
+    HALVES: tl.constexpr, GROUP: tl.constexpr, GELU: tl.constexpr, IS_ONE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """y (PARTS, HEIGHT, N), of which M rows count, of int8 x (M, K) and w (PARTS, N, K) in their rows' steps.
 
@@ -156,7 +168,7 @@ def product_kernel(
     down = tl.cdiv(M, ROWS)
     within = tl.cdiv(N, COLUMNS)
     across = PARTS * within
-    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), warp_specialize=SPECIALISED):
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
         group = tile // (GROUP * across) * GROUP
         height = tl.minimum(down - group, GROUP)
         place = tile % (GROUP * across)
@@ -181,8 +193,7 @@ def product_kernel(
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + channels, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if GELU:
-                # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which loses nothing where it is small
-                y = y / (1.0 + tl.exp2((y + 0.044715 * y * y * y) * GELU_SLOPE))
+                y = gelu(y)
             if add_ptr is not None:
                 if IS_ONE:
                     gate = tl.load(gate_ptr + columns, mask=columns < N, other=0.0)[None, :]
@@ -217,7 +228,6 @@ def product_options(form: Form, finish: Finish) -> dict[str, int | bool]:
         "TMA": form.tma,
         "HALVES": form.halves,
         "GROUP": GROUP,
-        "SPECIALISED": form.specialised,
         "GELU": finish.gelu,
         "IS_ONE": finish.is_one,
         "PARTS": finish.parts,
@@ -249,7 +259,7 @@ def product(
     *,
     dtype: torch.dtype,
     finish: Finish,
-    form: Form,
+    form: NamedTuple,
 ) -> tuple[Tensor, ...]:
     """Of x (M, K) and weight (parts N, K) in their steps, plus bias -> (M, N) in dtype for each part."""
     x, x_step, weight, weight_step = (t.contiguous() for t in (x, x_step, weight, weight_step))
@@ -261,11 +271,17 @@ def product(
     y = torch.empty(finish.parts, height, N, dtype=dtype, device=x.device)
     programs = down * finish.parts * triton.cdiv(N, form.columns)
     every = 1 if gate is None else M // gate.shape[0]
+    if x.is_cuda and (not isinstance(form, Form) or form.tma):
+        # each computes one tile after another
+        programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    others = x_step, weight_step, bias, add, gate
     with torch.cuda.device_of(x):
-        if form.tma:
+        if not isinstance(form, Form):
+            from kernels import int8_linear_hopper
+
+            int8_linear_hopper.launch(x, weight, y, others, every, programs, form, finish)
+        else:
             allow_descriptors(x.device)
-        if form.tma and x.is_cuda:
-            programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
-        tensors = x, weight, x_step, weight_step, bias, add, gate, y
-        product_kernel[(programs,)](*tensors, M, N, K, height, every, **product_options(form, finish))
+            options = product_options(form, finish)
+            product_kernel[(programs,)](x, weight, *others, y, M, N, K, height, every, **options)
     return y[:, :M].unbind(0)

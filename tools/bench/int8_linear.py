@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from kernels.int8_linear import ALLOWED, int8_linear, int8_product, quantise_row
 from kernels.int8_linear_triton import Finish, Form
 from kernels.reference import E4M3_MAX
 from kernels.selftest import error_share, poisoned
+from kernels.tiles import HAS_GLUON
 from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
 from tools.options import parse
 from turbodiffusion.errors import UserError
@@ -42,18 +44,15 @@ ORIGINAL = {
     (13824, 5120): 8.82,
 }
 OTHERS = [
-    kernels.SPECIALISED,
-    Form(128, 256, 128, 4, 3, tma=True, specialised=True),
-    Form(128, 128, 128, 4, 4, tma=True, specialised=True),
-    Form(128, 256, 128, 8, 3, tma=True),
-    Form(128, 256, 128, 8, 3, tma=True, halves=True),
-    Form(128, 128, 128, 8, 4, tma=True),
-    Form(128, 256, 64, 8, 4, tma=True),
     kernels.HOPPER,
+    Form(128, 256, 128, 8, 3, tma=True),
+    Form(128, 128, 128, 8, 4, tma=True),
     kernels.PORTABLE,
     Form(128, 256, 64, 8, 4),
     Form(128, 128, 128, 8, 3),
 ]
+# columns, stages and rows of tiles together, of the form for Hopper
+GLUON = [(256, 4, 8), (256, 4, 16), (256, 3, 8), (128, 6, 8), (128, 6, 16)]
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Bench:
         """The layer less quantisation."""
         return int8_product(self.rows, *self.eight, self.bias, gelu=self.gelu)[0]
 
-    def form(self, form: Form) -> Tensor:
+    def form(self, form: NamedTuple) -> Tensor:
         """The product in a form of the kernel."""
         tensors, finish = (*self.rows[:2], *self.eight, self.bias), Finish(self.gelu)
         return kernels.product(*tensors, dtype=BF16, finish=finish, form=form)[0]
@@ -146,9 +145,13 @@ def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def sound_forms(bench: Bench, trials: int, console: Console) -> dict[str, Callable[[], Tensor]]:
     """Those that run and are right; says which do not and are not."""
-    runs = {}
-    for form in OTHERS:
-        name, run = f"form {tuple(form)}", partial(bench.form, form)
+    forms, runs = OTHERS, {}
+    if HAS_GLUON:
+        from kernels import int8_linear_hopper
+
+        forms = [*(int8_linear_hopper.Form(128, *sizes) for sizes in GLUON), *OTHERS]
+    for form in forms:
+        name, run = str(form), partial(bench.form, form)
         try:
             if bench.is_right(run, trials):
                 runs[name] = run
