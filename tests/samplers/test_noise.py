@@ -19,6 +19,14 @@ def test_a_sample_of_a_batch_is_the_sample_alone():
         assert not torch.equal(noise[0], noise[3])
 
 
+def test_a_draw_that_began_before_is_the_same():
+    plain, ahead = SampleNoise([3, 41], SHAPE), SampleNoise([3, 41], SHAPE)
+    for is_begun in (True, False, True, True):
+        if is_begun:
+            ahead.begin()
+        assert torch.equal(ahead.draw(), plain.draw())
+
+
 def test_every_draw_is_fresh():
     noise = SampleNoise([7], SHAPE)
     assert not torch.equal(noise.draw(), noise.draw())

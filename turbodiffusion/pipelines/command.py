@@ -132,11 +132,13 @@ class Run:
         )
         with _progress(self.console, shot.prompt) as on_progress:
             shared = Watch(self.pipeline.device, on_progress)
+            noise = self.pipeline.noise(clip, [next(iter(shot.outputs))])
             encoded = self.pipeline.encode(clip, shared)
             self.seconds.update(shared.seconds)
             for seed, path in shot.outputs.items():
                 watch = Watch(self.pipeline.device, on_progress)
-                latents = self.pipeline.denoise(encoded, [seed], watch)
+                latents = self.pipeline.denoise(encoded, [seed], watch, noise)
+                noise = None  # the first seed's alone
                 frames = self.pipeline.decode(latents, watch)[0]
                 self.pipeline.residence.release()
                 with watch.stage("write"):

@@ -147,7 +147,8 @@ class Pipeline:
         """Sample j depends on prompt j, seed j and the pictures, not on the rest of the batch."""
         watch = Watch(self.device, on_progress)
         try:
-            latents = self.denoise(self.encode(clip, watch), seeds, watch)
+            noise = self.noise(clip, seeds)
+            latents = self.denoise(self.encode(clip, watch), seeds, watch, noise)
             return Generated(self.decode(latents, watch), watch.seconds)
         finally:
             self.residence.release()
@@ -164,15 +165,23 @@ class Pipeline:
             context, negative = self._texts(clip, watch)
         return Encoded(shape=shape, context=context, negative=negative, **self._known(clip, shape, watch))
 
+    def noise(self, clip: Clip, seeds: Sequence[int]) -> SampleNoise:
+        """What the latents start from: drawn from now on, beside the encoding of the clip."""
+        shape = latent_shape(self.models.vae, clip.frames, clip.size)
+        noise = SampleNoise(seeds, shape, device=self.device)
+        noise.begin()
+        return noise
+
     @torch.no_grad()
-    def denoise(self, encoded: Encoded, seeds: Sequence[int], watch: Watch) -> Tensor:
-        """Latents (B, z, T, h, w), one per seed."""
+    def denoise(
+        self, encoded: Encoded, seeds: Sequence[int], watch: Watch, noise: SampleNoise | None = None
+    ) -> Tensor:
+        """Latents (B, z, T, h, w), one per seed; noise: theirs, if it has begun."""
         if len(encoded.context) not in (1, len(seeds)):
             raise UserError(
                 f"got {len(encoded.context)} prompts and {len(seeds)} seeds: give one prompt, or as many."
             )
-        sampling = self.sampling
-        noise = SampleNoise(seeds, encoded.shape, device=self.device)
+        sampling, noise = self.sampling, noise or SampleNoise(seeds, encoded.shape, device=self.device)
         experts = {name: Steps(runner, watch) for name, runner in self.runners.items()}
         experts |= {"boundary": sampling.boundary} if "network_low" in experts else {}
         # with a row for each seed, so that networks see the same tensors at every step
