@@ -1,0 +1,119 @@
+"""Runs of `python -m evaluation` beside the first of them, on the videos that both scored.
+
+    python -m evaluation.compare runs=[teacher,student,...] [out=DIR]
+
+Differences are paired: prompts are drawn with replacement 2000 times, the same for both, and the middle 95 %
+of the differences are shown.  Values are raw scores; VBench's quality, semantic and total appear where
+complete.  DIR gets compare.json and compare.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.records import Record, read_records
+from turbodiffusion.checkpoints.files import appearing
+from turbodiffusion.checkpoints.saving import write_json
+from turbodiffusion.cli import one_sentence
+from turbodiffusion.errors import UserError
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    runs: list[str] = field(default_factory=list)
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One run less the baseline in one score.  low, high: 95 %; None of a single prompt."""
+
+    run: str
+    score: str
+    baseline: float
+    value: float
+    delta: float
+    low: float | None
+    high: float | None
+    prompts: int
+    videos: int
+
+
+def read_run(folder: Path) -> list[Record]:
+    """What a run scored."""
+    path = folder / "records.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} is no finished run of python -m evaluation: it has no records.jsonl")
+    return [record for record in read_records([path]).values() if record.score is not None]
+
+
+def compare(baseline: Iterable[Record], other: Iterable[Record], run: str = "") -> list[Difference]:
+    """Differences in every score that both have, over the videos that both scored."""
+    one, two = ({(r.dimension, r.video): r for r in records} for records in (baseline, other))
+    shared = [key for key in one if key in two]
+    if differ := [
+        video for dimension, video in shared if one[dimension, video].prompt != two[dimension, video].prompt
+    ]:
+        raise UserError(f"the runs do not agree on what {differ[0]} was asked to show")
+    if not shared:
+        raise UserError(f"{run} has no video and dimension in common with the first run")
+    prompts = sorted({one[key].prompt for key in shared})
+    tables = [sums((side[key] for key in shared), prompts) for side in (one, two)]
+    drawn = draws(len(prompts))
+    points = [scores(table, drawn.new_ones(1, len(prompts))) for table in tables]
+    replicates = [scores(table, drawn) for table in tables]
+    found = []
+    for name in points[0]:
+        first, second = (float(point[name]) for point in points)
+        asked = {one[key].prompt: None for key in shared if key[0] == name} or prompts
+        low, high = interval(replicates[1][name] - replicates[0][name]) if len(asked) > 1 else (None, None)
+        videos = len({key[1] for key in shared if name in (key[0], "quality", "semantic", "total")})
+        found.append(Difference(run, name, first, second, second - first, low, high, len(asked), videos))
+    return found
+
+
+def lines(differences: Iterable[Difference]) -> list[str]:
+    """In Markdown."""
+    made = [
+        "| run | score | first run | this run | difference | 95 % | prompts | videos |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    for each in differences:
+        between = "n/a" if each.low is None else f"{each.low:+.4f} to {each.high:+.4f}"
+        numbers = f"{each.baseline:.4f} | {each.value:.4f} | {each.delta:+.4f}"
+        made.append(f"| {each.run} | {each.score} | {numbers} | {between} | {each.prompts} | {each.videos} |")
+    return made
+
+
+def report(options: Options, console: Console) -> None:
+    """Print and, if wanted, write the table."""
+    if len(options.runs) < 2:
+        raise UserError(f"runs=[first,other,...] compares two runs or more, got {len(options.runs)}")
+    first, *others = (Path(run).expanduser() for run in options.runs)
+    baseline = read_run(first)
+    differences = [each for other in others for each in compare(baseline, read_run(other), str(other))]
+    text = "\n".join(lines(differences))
+    console.print(text, markup=False, soft_wrap=True)
+    if options.out is not None:
+        folder = Path(options.out).expanduser()
+        content = {"first_run": str(first), "differences": [asdict(each) for each in differences]}
+        write_json(folder / "compare.json", content)
+        with appearing(folder / "compare.md") as part:
+            part.write_text(text + "\n")
+
+
+def main() -> None:
+    """Read key=value options from the command line."""
+    with one_sentence():
+        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
+        report(OmegaConf.to_object(options), Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The leaderboard's own files: result JSON and submission zip, written and read.
+
+    python -m evaluation.export runs=[run,...] dst=submission.zip
+
+gathers finished runs of `python -m evaluation prompts=VBench_full_info.json` that together have all 16
+dimensions.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+
+from evaluation.records import Record
+from evaluation.vbench import DIMENSIONS, T2V
+from turbodiffusion.checkpoints.files import appearing
+from turbodiffusion.cli import one_sentence
+from turbodiffusion.errors import UserError
+
+RESULTS, UPSTREAM = "results.json", "eval_results.json"
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    runs: list[str] = field(default_factory=list)
+    dst: str = MISSING
+
+
+@dataclass(frozen=True)
+class Result:
+    """A dimension in the leaderboard's files: its score, and its videos' by name, on our scale of 0 to 1."""
+
+    raw: float
+    videos: dict[str, float]
+
+
+def upstream(records: Iterable[Record], raw: Mapping[str, float], folder: Path) -> dict[str, list]:
+    """The content of a result file: `{dimension: [score, [{video_path, video_results, ...}]]}`."""
+    content: dict[str, list] = {name: [raw[name], []] for name in raw if name in DIMENSIONS}
+    for record in records:
+        if record.dimension in content and record.score is not None and record.score.units:
+            dimension = DIMENSIONS[record.dimension]
+            value = record.score.value * dimension.scale
+            entry = {
+                "video_path": str(folder / record.video),
+                "video_results": bool(value) if dimension.is_boolean else value,
+            }
+            content[record.dimension][1].append(entry | record.score.extras)
+    return content
+
+
+def read_upstream(path: Path) -> dict[str, Result]:
+    """Results by dimension of a result JSON or of all those in a zip; UserError if it is neither."""
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as file:
+                texts = [file.read(name) for name in file.namelist() if name.endswith(".json")]
+        else:
+            texts = [path.read_bytes()]
+        merged = {name: result for text in texts for name, result in json.loads(text).items()}
+        return {name: _result(name, *result[:2]) for name, result in merged.items()}
+    except (OSError, zipfile.BadZipFile, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} holds no results of VBench: {error}") from error
+
+
+def _result(name: str, raw: float, videos: list[dict]) -> Result:
+    scale = DIMENSIONS[name].scale
+    values = {Path(each["video_path"]).name: float(each["video_results"]) / scale for each in videos}
+    return Result(float(raw), values)
+
+
+def pack(runs: Iterable[Path], dst: Path) -> None:
+    """Write a submission of finished runs; UserError lists all that keeps them from being one."""
+    content: dict[str, list] = {}
+    wrong = []
+    for run in runs:
+        try:
+            results = json.loads((run / RESULTS).read_text())
+            content |= json.loads((run / UPSTREAM).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run} is no finished run of python -m evaluation: {error}") from error
+        wrong += [f"{run}: {note}" for note in results["notes"]]
+    wrong += [
+        f"{name} is missing" for name in T2V.totals({name: each[0] for name, each in content.items()}).missing
+    ]
+    for name, (raw, videos) in content.items():
+        values = [raw, *(float(each["video_results"]) / DIMENSIONS[name].scale for each in videos)]
+        if outside := [value for value in values if not math.isfinite(value) or not -1 <= value <= 1]:
+            wrong.append(f"{name} has the value {outside[0]}")
+    if wrong:
+        raise UserError(f"this is no submission yet: {'; '.join(wrong)}")
+    with appearing(dst) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(UPSTREAM, json.dumps(content, indent=2, allow_nan=False))
+
+
+def main() -> None:
+    """Read key=value options from the command line."""
+    with one_sentence():
+        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
+        options = OmegaConf.to_object(options)
+        if not options.runs:
+            raise UserError("runs=[run,...] must name a finished run of python -m evaluation")
+        pack([Path(run).expanduser() for run in options.runs], Path(options.dst).expanduser())
+
+
+if __name__ == "__main__":
+    main()

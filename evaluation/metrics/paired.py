@@ -1,0 +1,60 @@
+"""How far a video is from a reference of the same prompt and seed, frame by frame.
+
+A distance along one sampling trajectory: of a kernel, a quantiser or a cache.  A distilled student's
+trajectory is another, and its distance is drift, not quality.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from evaluation.metrics.score import VideoMetric
+from evaluation.records import Score
+from evaluation.videos import Footage
+from turbodiffusion.errors import UserError
+
+MOST = 100.0  # dB, of identical frames, whose PSNR is infinite
+_WINDOW = 11
+
+
+class PSNR(VideoMetric):
+    """Peak signal-to-noise ratio of RGB in dB, the mean over frames, each at most 100."""
+
+    name = "psnr"
+    needs_reference = True
+
+    def score(self, footage: Footage) -> Score:
+        pairs = zip(footage.pixels, footage.reference, strict=True)
+        errors = torch.stack([(a.int() - b.int()).square().sum(dtype=torch.int64) for a, b in pairs])
+        mean_square = errors.double() / (footage.pixels[0].numel() * 255**2)
+        decibels = (-10 * mean_square.log10()).clamp(max=MOST)
+        return Score(float(decibels.mean()), extras={"identical_frames": int((errors == 0).sum())})
+
+
+class SSIM(VideoMetric):
+    """Structural similarity of RGB (DOI 10.1109/TIP.2003.819861), the mean over frames.
+
+    A Gaussian window of 11 x 11 pixels and deviation 1.5, where it lies wholly inside; fp32.
+    """
+
+    name = "ssim"
+    needs_reference = True
+
+    def score(self, footage: Footage) -> Score:
+        pairs = zip(footage.pixels, footage.reference, strict=True)
+        return Score(float(torch.stack([_ssim(a, b) for a, b in pairs]).double().mean()))
+
+
+def _ssim(one: Tensor, other: Tensor) -> Tensor:
+    """Of two frames (H, W, 3) uint8."""
+    if min(one.shape[:2]) < _WINDOW:
+        raise UserError(f"is {tuple(one.shape[:2])}, less than the {_WINDOW} x {_WINDOW} window of ssim")
+    x, y = (frame.movedim(-1, 0)[:, None].float() / 255 for frame in (one, other))
+    offset = torch.arange(_WINDOW, device=x.device) - _WINDOW // 2
+    weight = torch.exp(-0.5 * (offset / 1.5) ** 2)
+    weight = weight / weight.sum()
+    window = (weight[:, None] * weight)[None, None]
+    mx, my, xx, yy, xy = conv2d(torch.cat((x, y, x * x, y * y, x * y)), window).split(3)
+    c1, c2 = 0.01**2, 0.03**2
+    likeness = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+    return (likeness / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))).mean()

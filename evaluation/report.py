@@ -1,0 +1,118 @@
+"""What a run found, as results.json holds it and as report.md shows it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.metrics import VideoMetric
+from evaluation.prompts import Suite
+from evaluation.records import Record
+from evaluation.vbench import DIMENSIONS, T2V
+from evaluation.videos import Found
+
+_SHOWN = 20  # missing files that the report lists
+
+
+def summarise(
+    metrics: Mapping[str, VideoMetric], records: Iterable[Record], found: Found, suite: Suite | None
+) -> dict[str, object]:
+    """The content of results.json; nothing in it depends on when or on how many processes it was found."""
+    of = {name: [record for record in records if record.dimension == name] for name in metrics}
+    dimensions = {name: _dimension(metric, of[name]) for name, metric in metrics.items()}
+    raw = {name: each["raw"] for name, each in dimensions.items() if each["raw"] is not None}
+    failures = [record for record in records if record.failed is not None]
+    is_suite = suite is not None and suite.samples is not None
+    totals = T2V.totals(raw) if is_suite else None
+    return {
+        "schema": 1,
+        "dimensions": dimensions,
+        "totals": None
+        if totals is None
+        else {**totals.groups, "total": totals.total, "partial": totals.partial, "missing": totals.missing},
+        "notes": list(_notes(metrics, failures, found, suite)),
+        "failures": _grouped(failures),
+        "left_out": found.odd,
+        "missing_videos": found.missing,
+        "prompts_sha256": None if suite is None else suite.sha256,
+    }
+
+
+def _dimension(metric: VideoMetric, records: list[Record]) -> dict[str, object]:
+    metric.reset()
+    scored = [record for record in records if record.score is not None]
+    for record in scored:
+        metric.update(record.score)
+    raw = float(metric.compute()) if metric.units else None
+    vbench = DIMENSIONS.get(metric.name)
+    prompts = sorted({record.prompt for record in scored})
+    replicates = scores(sums(scored, prompts), draws(len(prompts)))[metric.name] if len(prompts) > 1 else None
+    return {
+        "raw": raw,
+        "normalised": None if raw is None or vbench is None else vbench.normalise(raw),
+        "interval": None if replicates is None else interval(replicates),
+        "prompts": len(prompts),
+        "videos": len(scored),
+        "units": int(metric.units),
+        "failed": len(records) - len(scored),
+    }
+
+
+def _grouped(failures: list[Record]) -> list[dict[str, object]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in failures:
+        found.setdefault((record.video, record.failed), []).append(record.dimension)
+    return [
+        {"video": video, "reason": reason, "dimensions": names} for (video, reason), names in found.items()
+    ]
+
+
+def _notes(
+    metrics: Mapping[str, VideoMetric], failures: list[Record], found: Found, suite: Suite | None
+) -> Iterator[str]:
+    """Why these numbers are not the leaderboard's."""
+    if suite is None or not suite.is_standard:
+        yield "the prompts are not the leaderboard's"
+    if found.missing:
+        yield f"{len(found.missing)} videos are missing"
+    if failures:
+        yield f"{len({record.video for record in failures})} videos could not be scored"
+    if "temporal_flickering" in metrics:
+        yield "temporal_flickering looked at all videos, not only at those that a filter found static"
+
+
+def markdown(results: Mapping[str, object], title: str) -> str:
+    """The report."""
+    made = [f"# {title}", "", "| dimension | raw | 95 % | normalised | prompts | videos | failed |"]
+    made.append("|---|" + "---:|" * 6)
+    for name, each in results["dimensions"].items():
+        between = "n/a" if each["interval"] is None else "{:.4f} to {:.4f}".format(*each["interval"])
+        cells = [name, _number(each["raw"]), between, _number(each["normalised"])]
+        made.append(
+            f"| {' | '.join([*cells, *(str(each[key]) for key in ('prompts', 'videos', 'failed'))])} |"
+        )
+    if (totals := results["totals"]) is not None:
+        made += ["", *_totals(totals)]
+    for heading, entries in (
+        ("Not comparable with the leaderboard, because", results["notes"]),
+        ("Failed", [f"{each['video']} {each['reason'].splitlines()[-1]}" for each in results["failures"]]),
+        ("Left out", [f"{name} {reason}" for name, reason in results["left_out"].items()]),
+        ("Missing", results["missing_videos"][:_SHOWN] + ["..."] * (len(results["missing_videos"]) > _SHOWN)),
+    ):
+        if entries:
+            made += ["", f"## {heading}", "", *(f"- {entry}" for entry in entries)]
+    return "\n".join(made) + "\n"
+
+
+def _totals(totals: Mapping[str, object]) -> Iterator[str]:
+    for group in T2V.weights:
+        if group in totals:
+            yield f"- {group}: {100 * totals[group]:.2f}"
+        elif group in totals["partial"]:
+            yield f"- {group}, of the dimensions that are there alone: {100 * totals['partial'][group]:.2f}"
+    if totals["total"] is None:
+        yield f"- no total: {', '.join(totals['missing'])} missing"
+    else:
+        yield f"- total: {100 * totals['total']:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
