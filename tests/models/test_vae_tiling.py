@@ -7,10 +7,12 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.vae_tiling import decode_bytes, decode_tiled, encode_tiled
+from turbodiffusion.models.vae_tiling import decode_bytes, decode_tiled, encode_tiled, longest_chunk
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vae"
 
@@ -144,3 +146,33 @@ def test_the_memory_estimate_agrees_with_measurements(
 ) -> None:
     # bf16, peak less weights and input, one H200, torch 2.11 and cuDNN 9.19, whose workspaces vary by shape
     assert 0.95 < decode_bytes(published(name), shape, chunk=chunk) / 2**30 / gibibytes < 1.25
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that operations make."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.count = max([self.count, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor))])
+        return made
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width"), [("wan2.1", 60, 104), ("wan2.1", 90, 160), ("wan2.2", 44, 80)]
+)
+@torch.no_grad()
+def test_the_longest_piece_counts_its_numbers_in_32_bits(name: str, height: int, width: int) -> None:
+    vae = published(name)
+    chunk = longest_chunk(vae, (1, height, width))
+    counts = []
+    for length in (chunk, chunk + 1):
+        # behind a piece, a piece is whole: no frame of it stays alone
+        latents = torch.empty(1, vae.latent_channels, 1 + length, height, width, device="meta")
+        past = {}
+        vae._pixels(latents[:, :, :1], past)
+        with Largest() as largest:
+            vae._pixels(latents[:, :, 1:], past)
+        counts.append(largest.count)
+    assert counts[0] < 2**31 <= counts[1]

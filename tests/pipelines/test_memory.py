@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.vae_tiling import decode_bytes
+from turbodiffusion.models.vae_tiling import decode_bytes, longest_chunk
 from turbodiffusion.models.wan import WanModel
-from turbodiffusion.pipelines.memory import constant_bytes, denoise_bytes
+from turbodiffusion.pipelines.generate import vae_chunk
+from turbodiffusion.pipelines.memory import GIB, RUNTIME, constant_bytes, denoise_bytes, free_memory
 from turbodiffusion.variants import CONFIGS, variants
 
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -110,3 +111,36 @@ def test_the_vae_takes_what_the_plan_says(name: str, frames: int, size: tuple[in
     planned = clip + decode_bytes(vae, shape)
     assert 1 <= planned / decoding.peak < 1.6  # convolutions' workspaces have to find room too
     assert planned / encoding.peak >= 1
+
+
+@pytest.mark.parametrize(("spare", "wanted"), [(0, 1), (4 * GIB, 3), (8 * GIB, 6), (60 * GIB, 7)])
+def test_a_clip_takes_the_fewest_even_pieces_that_are_spared(spare: int, wanted: int) -> None:
+    sizes = yaml.safe_load((CONFIGS / "vae" / "wan2.1.yaml").read_text())
+    sizes.pop("_target_")
+    with META:
+        vae = VideoVAE(**sizes).to(BF16)
+
+    def fits(chunk: int) -> bool:
+        one, all_of_it = (decode_bytes(vae, (21, 60, 104), chunk=n) for n in (1, chunk))
+        return all_of_it - one <= spare and chunk <= longest_chunk(vae, (1, 60, 104))
+
+    even = (-(-21 // pieces) for pieces in range(1, 22))
+    assert next(filter(fits, even)) == wanted
+    assert vae_chunk(vae, (1, 16, 21, 60, 104), tiled=False, spare=spare) == wanted
+
+
+@pytest.mark.gpu
+def test_a_limit_of_the_process_is_all_that_is_free() -> None:
+    device = torch.device("cuda")
+    whole = torch.cuda.get_device_properties(device).total_memory
+    kept = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    # freed, but still PyTorch's
+    torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    torch.cuda.set_per_process_memory_fraction(2 * GIB / whole, device)
+    try:
+        expected = 2 * GIB - torch.cuda.memory_allocated(device) - RUNTIME
+        # a fraction in floating point
+        assert free_memory(device).device == pytest.approx(expected, abs=1 << 20)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert kept.numel() == 64 << 20
