@@ -1,7 +1,7 @@
 """Attention in which each block of queries sees only the blocks of keys in its list; the list is held fixed.
 
-In Triton on a GPU (kernels/block_sparse_triton.py), for the sizes its kernels take.  For others PyTorch's dense
-kernel runs there under a mask, while that is small; else, and on a CPU, kernels/reference.py does.
+In Triton on a GPU (kernels/block_sparse_triton.py), for the sizes its kernels take.  For others PyTorch's
+dense kernel runs there under a mask, while that is small; else, and on a CPU, kernels/reference.py does.
 """
 
 import os

@@ -15,7 +15,8 @@ c % STAGES of theirs, and so have the values.  A buffer's `ready` completes phas
 written it, its `free` when every warp group has read it; who waits on a new barrier for parity 1, that of
 the phase before the first, passes.  Queries have one buffer, whose phases count tiles.  The loader fills in
 the order of reading, K0, Q, K1, V0, K2, V1, ..., V of the last step, and waits only for reads of what it has
-filled, which wait for nothing that comes later.
+filled, which wait for nothing that comes later.  With a linear branch, which a tile ends with, its buffers
+come before V of the last step.
 """
 
 import math
@@ -34,6 +35,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.linear_attention_hopper import add_branch, branch_queries, fetch_branch, new_branch
+from kernels.linear_attention_triton import Branch
 from kernels.tiles_hopper import new_barriers, new_tiles, tma_load, tma_store
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -85,10 +88,13 @@ def _fetch(desc, ring, place, listed, step, count, BLOCKS: gl.constexpr, ACROSS:
 
 
 @gluon.jit
-def _fill(descs, queries, keys, values, work, BLOCKS: gl.constexpr, ACROSS: gl.constexpr):
+def _fill(
+    descs, queries, keys, values, branch, work, BLOCKS: gl.constexpr, ACROSS: gl.constexpr, MAP: gl.constexpr
+):
     """The loading warp: the queries of every tile, and keys and values as their buffers fall free.
 
-    ACROSS: values are (B N blocks, D, keys of a block), and not like keys.
+    ACROSS: in 8 bits.  Values are (B N blocks, D, keys of a block), and not like keys; the linear branch has
+    queries of its own.
     """
     q_desc, k_desc, v_desc = descs
     q_tiles, q_ready, q_free = queries
@@ -115,6 +121,8 @@ def _fill(descs, queries, keys, values, work, BLOCKS: gl.constexpr, ACROSS: gl.c
             _fetch(k_desc, keys, place, listed, step, count + step, BLOCKS, False)
             _fetch(v_desc, values, v_place, listed, step - 1, count + step - 1, BLOCKS, ACROSS)
         count += steps
+        if MAP is not None:
+            fetch_branch(branch, head, place, first, parity, ACROSS)
         _fetch(v_desc, values, v_place, listed, steps - 1, count - 1, BLOCKS, ACROSS)
         parity ^= 1
 
@@ -127,7 +135,7 @@ def _matrices(tiles, STAGES: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _attend(group, outputs, queries, keys, values, work, KEYS: gl.constexpr):
+def _attend(group, outputs, queries, keys, values, branch, work, KEYS: gl.constexpr, MAP: gl.constexpr):
     """A warp group: its rows of every tile against the keys listed for them."""
     o_desc, o_tiles, lse_ptr = outputs
     q_tiles, q_ready, q_free = queries
@@ -200,7 +208,7 @@ def _attend(group, outputs, queries, keys, values, work, KEYS: gl.constexpr):
             o = warpgroup_mma_wait(0, [o])
             mbarrier.arrive(v_free.index(before))
             o = o * gl.convert_layout(shrink, OUT_ROW)[:, None]
-        if not HELD:
+        if not HELD and MAP is None:
             mbarrier.arrive(q_free)
         stage = count % STAGES
         mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
@@ -208,13 +216,20 @@ def _attend(group, outputs, queries, keys, values, work, KEYS: gl.constexpr):
         o = warpgroup_mma_wait(0, [o])
         mbarrier.arrive(v_free.index(stage))
         count += 1
-        parity ^= 1
 
         head = tile // blocks
         first = tile % blocks * (GROUPS * ROWS) + group * ROWS
-        row = first + gl.arange(0, ROWS, ROW)
-        gl.store(lse_ptr + head.to(gl.int64) * L + row, (m + gl.log2(l)) * LN2, row < L)
-        o = o * gl.convert_layout(1 / l, OUT_ROW)[:, None]
+        if lse_ptr is not None:
+            row = first + gl.arange(0, ROWS, ROW)
+            gl.store(lse_ptr + head.to(gl.int64) * L + row, (m + gl.log2(l)) * LN2, row < L)
+        inverse = gl.convert_layout(1 / l, OUT_ROW)
+        if MAP is None:
+            o = o * inverse[:, None]
+        else:
+            q_again = branch_queries(branch, group, parity, OUT)
+            mbarrier.arrive(q_free)
+            o = add_branch(o, inverse, q_again, branch, head, MAP)
+        parity ^= 1
         # o of the tile before has left the buffer
         tma.store_wait(0)
         o_tile.reshape([ROWS, D]).store(o.to(k_tiles.dtype))
@@ -225,10 +240,14 @@ def _attend(group, outputs, queries, keys, values, work, KEYS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=("kept", "L", "S", "N", "count"))
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, list_ptr, kept, scale, L, S, N, count,
-    GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, folded_desc, vectors_ptr, bias_ptr, list_ptr,
+    kept, scale, L, S, N, count,
+    GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
-    """o and the log-sum-exp of `count` tiles; descriptors of (B, L or S, N D) in tiles of `shapes`."""
+    """o of `count` tiles; descriptors of (B, L or S, N D) in tiles of `shapes`.
+
+    With it go either its log-sum-exp or, where there is a MAP, the linear branch.
+    """
     PIECES: gl.constexpr = q_desc.block_type.shape[2] // k_desc.block_type.shape[2]
     BLOCKS: gl.constexpr = KEYS // k_desc.block_type.shape[1]
     RING: gl.constexpr = STAGES * PIECES * BLOCKS
@@ -238,11 +257,14 @@ def forward_kernel(
     outputs = (o_desc, new_tiles(o_desc, GROUPS), lse_ptr)
     descs = (q_desc, k_desc, v_desc)
     work = (list_ptr, gl.program_id(0), count, gl.num_programs(0), kept, scale, L, S, N)
+    branch = ()
+    if MAP is not None:
+        branch = new_branch(folded_desc, q_desc, queries[0], vectors_ptr, bias_ptr)
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_attend, (0, outputs, queries, keys, values, work, KEYS)),
-                (_fill, (descs, queries, keys, values, work, BLOCKS, False)),
+                (_attend, (0, outputs, queries, keys, values, branch, work, KEYS, MAP)),
+                (_fill, (descs, queries, keys, values, branch, work, BLOCKS, False, MAP)),
             ],
             [1],
             [LOADER_REGISTERS],
@@ -250,16 +272,16 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (0, outputs, queries, keys, values, work, KEYS)),
-                (_attend, (1, outputs, queries, keys, values, work, KEYS)),
-                (_fill, (descs, queries, keys, values, work, BLOCKS, False)),
+                (_attend, (0, outputs, queries, keys, values, branch, work, KEYS, MAP)),
+                (_attend, (1, outputs, queries, keys, values, branch, work, KEYS, MAP)),
+                (_fill, (descs, queries, keys, values, branch, work, BLOCKS, False, MAP)),
             ],
             [4, 1],
             [GROUP_REGISTERS, LOADER_REGISTERS],
         )
 
 
-def options(form: Form, block_q: int) -> dict[str, int]:
+def options(form: Form, block_q: int, feature_map: str | None) -> dict[str, int | str | None]:
     """The compile-time arguments and launch options."""
     groups = block_q // ROWS
     # the loader's warp comes with the registers of four
@@ -268,6 +290,7 @@ def options(form: Form, block_q: int) -> dict[str, int]:
         "GROUPS": groups,
         "KEYS": form.keys,
         "STAGES": form.stages,
+        "MAP": feature_map,
         "num_warps": 4,
         "maxnreg": 65536 // (form.programs * threads) // 8 * 8,
     }
@@ -302,15 +325,39 @@ def programs(count: int, form: Form, device: torch.device) -> int:
 
 
 def launch(
-    tensors: tuple[Tensor, ...], lse: Tensor, index: Tensor, block_q: int, block_k: int, form: Form
+    tensors: tuple[Tensor, ...],
+    lse: Tensor | None,
+    branch: Branch | None,
+    index: Tensor,
+    block_q: int,
+    block_k: int,
+    form: Form,
 ) -> None:
-    """Fill o (B, L, N, D), the last of packed q, k, v, o (B, L or S, N, D), and lse (B, N, L), fp32.
+    """Fill o (B, L, N, D), the last of packed q, k, v, o (B, L or S, N, D), and either lse or o's rest.
 
-    index: packed, int32, (B, N, query blocks, kept).  A block of queries has ROWS rows, or twice as many.
+    lse (B, N, L), fp32; branch: is added to o.  index: packed, int32, (B, N, query blocks, kept).  A block of
+    queries has ROWS rows or, as it must with a branch, twice as many.
     """
     (B, L, N, D), S = tensors[0].shape, tensors[1].shape[1]
     tiles = shapes(D, block_k, tensors[0].dtype)
     descs = [TensorDescriptor(*packed(x), *tile) for x, tile in zip(tensors, tiles, strict=True)]
     count = B * N * index.shape[2]
     sizes = (index.shape[3], 1 / math.sqrt(D), L, S, N, count)
-    forward_kernel[(programs(count, form, lse.device),)](*descs, lse, index, *sizes, **options(form, block_q))
+    feature_map = None if branch is None else branch.feature_map
+    forward_kernel[(programs(count, form, index.device),)](
+        *descs, lse, *branch_arguments(branch), index, *sizes, **options(form, block_q, feature_map)
+    )
+
+
+def branch_arguments(branch: Branch | None) -> tuple[TensorDescriptor | Tensor | None, ...]:
+    """The kernels' folded_desc, vectors_ptr and bias_ptr."""
+    if branch is None:
+        return None, None, None
+    x = branch.folded
+    desc = TensorDescriptor(x, [*x.shape], [*x.stride()], *square(x.shape[-1], x.dtype))
+    return desc, branch.vectors, branch.bias
+
+
+def square(head_dim: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """The tile of a folded state."""
+    return placed([1, head_dim, head_dim], element(dtype))

@@ -26,12 +26,15 @@ from kernels.block_sparse_hopper import (
     ROWS,
     Form,
     _fill,
+    branch_arguments,
     element,
     packed,
     placed,
     programs,
 )
 from kernels.block_sparse_int8_triton import LOG2_E4M3_MAX, MAGIC, MAGIC_BITS, Quantised
+from kernels.linear_attention_hopper import add_branch, branch_queries, new_branch
+from kernels.linear_attention_triton import Branch
 from kernels.tiles_hopper import new_barriers, new_tiles, tma_store
 
 # by the sizes of blocks of queries and keys, made for D = 128
@@ -101,7 +104,7 @@ def _left(p, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def _attend(group, outputs, queries, keys, values, steps_of, work):
+def _attend(group, outputs, queries, keys, values, branch, steps_of, work, MAP: gl.constexpr):
     """A warp group: its rows of every tile against the keys listed for them."""
     o_desc, o_tiles = outputs
     q_tiles, q_ready, q_free = queries
@@ -116,6 +119,8 @@ def _attend(group, outputs, queries, keys, values, steps_of, work):
     STAGES: gl.constexpr = k_ready.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    # of products in 16 bits, of which a thread has the same numbers
+    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, OUT)
@@ -185,10 +190,16 @@ def _attend(group, outputs, queries, keys, values, steps_of, work):
         o = warpgroup_mma_wait(0, [_accumulate(_left(p0, LEFT), _left(p1, LEFT), v_tiles, stage, o)])
         mbarrier.arrive(v_free.index(stage))
         count += 1
-        parity ^= 1
 
         v_step = gl.load(v_step_ptr + head * D + gl.arange(0, D, COLUMN))
-        o = o * gl.convert_layout(1 / l, OUT_ROW)[:, None] * v_step[None, :]
+        inverse = gl.convert_layout(1 / l, OUT_ROW)
+        if MAP is None:
+            o = o * inverse[:, None] * v_step[None, :]
+        else:
+            exact = branch_queries(branch, group, parity, WIDE)
+            o = gl.convert_layout(o * v_step[None, :], WIDE)
+            o = add_branch(o, gl.convert_layout(inverse, gl.SliceLayout(1, WIDE)), exact, branch, head, MAP)
+        parity ^= 1
         # o of the tile before has left the buffer
         tma.store_wait(0)
         o_tile.reshape([HEIGHT, D]).store(o.to(o_tiles.dtype))
@@ -200,10 +211,14 @@ def _attend(group, outputs, queries, keys, values, steps_of, work):
 
 @gluon.jit(do_not_specialize=("kept", "L", "S", "N", "count"))
 def attention_kernel(
-    q_desc, k_desc, v_desc, o_desc, q_step_ptr, k_step_ptr, v_step_ptr, list_ptr, kept, scale, L, S, N, count,
-    STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, q_step_ptr, k_step_ptr, v_step_ptr,
+    exact_desc, folded_desc, vectors_ptr, bias_ptr, list_ptr, kept, scale, L, S, N, count,
+    STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
-    """o of `count` tiles; descriptors of (B, L or S, N D), and of values (B N blocks, D, keys)."""
+    """o of `count` tiles; descriptors of (B, L or S, N D), and of values (B N blocks, D, keys).
+
+    Where there is a MAP, with the linear branch, of the exact queries.
+    """
     GROUPS: gl.constexpr = 2
     queries = (new_tiles(q_desc, GROUPS), new_barriers(1, 1).index(0), new_barriers(1, GROUPS).index(0))
     keys = (new_tiles(k_desc, STAGES * BLOCKS), new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS))
@@ -212,20 +227,23 @@ def attention_kernel(
     descs = (q_desc, k_desc, v_desc)
     steps_of = (q_step_ptr, k_step_ptr, v_step_ptr)
     work = (list_ptr, gl.program_id(0), count, gl.num_programs(0), kept, scale, L, S, N)
+    branch = ()
+    if MAP is not None:
+        branch = new_branch(folded_desc, exact_desc, new_tiles(exact_desc, GROUPS), vectors_ptr, bias_ptr)
     gl.warp_specialize(
         [
-            (_attend, (0, outputs, queries, keys, values, steps_of, work)),
-            (_attend, (1, outputs, queries, keys, values, steps_of, work)),
-            (_fill, (descs, queries, keys, values, work, BLOCKS, True)),
+            (_attend, (0, outputs, queries, keys, values, branch, steps_of, work, MAP)),
+            (_attend, (1, outputs, queries, keys, values, branch, steps_of, work, MAP)),
+            (_fill, (descs, queries, keys, values, branch, work, BLOCKS, True, MAP)),
         ],
         [4, 1],
         [GROUP_REGISTERS, LOADER_REGISTERS],
     )
 
 
-def options(form: Form) -> dict[str, int]:
+def options(form: Form, feature_map: str | None) -> dict[str, int | str | None]:
     """The compile-time arguments and launch options."""
-    return {"STAGES": form.stages, "num_warps": 4, "maxnreg": 168}
+    return {"STAGES": form.stages, "MAP": feature_map, "num_warps": 4, "maxnreg": 168}
 
 
 def shapes(head_dim: int, block_k: int, dtype: torch.dtype) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
@@ -238,15 +256,16 @@ def shapes(head_dim: int, block_k: int, dtype: torch.dtype) -> list[tuple[list[i
     ]
 
 
-def launch(x: Quantised, o: Tensor, index: Tensor, block_k: int, form: Form) -> None:
-    """Fill o (B, L, N, D) with the attention of x, whose values are paired, by packed lists."""
+def launch(x: Quantised, o: Tensor, branch: Branch | None, index: Tensor, block_k: int, form: Form) -> None:
+    """Fill o (B, L, N, D) with attention of x, whose values are paired, by packed lists, and the branch."""
     (B, L, N, D), S, blocks = o.shape, x.k.shape[1], math.prod(x.v.shape[:3])
     v = (x.v, [blocks, D, block_k], [D * block_k, block_k, 1])
     views = (packed(x.q), packed(x.k), v, packed(o))
     tiles = shapes(D, block_k, o.dtype)
     descs = [TensorDescriptor(*view, *tile) for view, tile in zip(views, tiles, strict=True)]
+    exact = None if branch is None else TensorDescriptor(*packed(branch.q), *tiles[3])
     count = B * N * index.shape[2]
     sizes = (index.shape[3], 1 / math.sqrt(D), L, S, N, count)
-    attention_kernel[(programs(count, form, o.device),)](
-        *descs, x.q_step, x.k_step, x.v_step, index, *sizes, **options(form)
-    )
+    feature_map = None if branch is None else branch.feature_map
+    given = (x.q_step, x.k_step, x.v_step, exact, *branch_arguments(branch), index)
+    attention_kernel[(programs(count, form, o.device),)](*descs, *given, *sizes, **options(form, feature_map))

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block_sparse_triton import Blocks, Form, first_key, options
+from kernels.linear_attention_triton import Branch
 from kernels.reference import E4M3_MAX, TINY
 from kernels.tiles import (
     HAS_GLUON,
@@ -237,15 +238,17 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, fp8: bool, paired:
     return Quantised(q_int8, k_int8, v, q_step, k_step, v_step)
 
 
-def attend(x: Quantised, blocks: Blocks, form: NamedTuple, dtype: torch.dtype) -> Tensor:
-    """o (B, N, L, D) in that dtype, tokens first in memory."""
+def attend(
+    x: Quantised, blocks: Blocks, form: NamedTuple, dtype: torch.dtype, branch: Branch | None = None
+) -> Tensor:
+    """o (B, N, L, D) in that dtype, tokens first in memory; branch: as of block_sparse_triton.attention."""
     (B, L, N, D), S = x.q.shape, x.k.shape[1]
     o = torch.empty(B, L, N, D, dtype=dtype, device=x.q.device)
     if not isinstance(form, Form):
         from kernels import block_sparse_int8_hopper
 
         with torch.cuda.device_of(o):
-            block_sparse_int8_hopper.launch(x, o, blocks.index.contiguous(), blocks.k, form)
+            block_sparse_int8_hopper.launch(x, o, branch, blocks.index.contiguous(), blocks.k, form)
         return o.transpose(1, 2)
     launch = options(form, D, dtype, blocks.q, blocks.k)
     del launch["DOT"]
@@ -259,10 +262,12 @@ def attend(x: Quantised, blocks: Blocks, form: NamedTuple, dtype: torch.dtype) -
     return o.transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, eight: Eight) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, eight: Eight, branch: Branch | None = None
+) -> Tensor:
     """o (B, N, L, D) in q's dtype, tokens first in memory."""
     quantised = quantise(q, k, v, blocks, eight.fp8, paired=not isinstance(eight.form, Form))
-    return attend(quantised, blocks, eight.form, q.dtype)
+    return attend(quantised, blocks, eight.form, q.dtype, branch)
 
 
 def _statistics(k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.linear_attention_triton import Branch
 from kernels.tiles import (
     HAS_GLUON,
     LN2,
@@ -281,17 +282,23 @@ class Blocks(NamedTuple):
     k: int
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, form: NamedTuple) -> tuple[Tensor, Tensor]:
-    """o (B, N, L, D) in q's dtype, tokens first in memory, and lse (B, N, L), fp32."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, form: NamedTuple, branch: Branch | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """o (B, N, L, D) in q's dtype, tokens first in memory, and lse (B, N, L), fp32.
+
+    branch: added to o by forms that are no Form; lse then is None.
+    """
     q, k, v = (tokens_first(x) for x in (q, k, v))
-    o, lse = torch.empty_like(q), _row_numbers(q)
+    o, lse = torch.empty_like(q), _row_numbers(q) if branch is None else None
     if isinstance(form, Form):
         _launch(forward_kernel, form, blocks, (q, k, v, o, lse), _listed(blocks))
     else:
         from kernels import block_sparse_hopper
 
+        tensors, index = (q, k, v, o), blocks.index.contiguous()
         with torch.cuda.device_of(q):
-            block_sparse_hopper.launch((q, k, v, o), lse, blocks.index.contiguous(), *blocks[1:], form)
+            block_sparse_hopper.launch(tensors, lse, branch, index, *blocks[1:], form)
     return o.transpose(1, 2), lse
 
 

@@ -25,11 +25,7 @@ def linear_attention(
     which PyTorch's operators run.
     """
     inputs = (q, k, v, weight, bias, add)
-    _check(*inputs)
-    if feature_map not in reference.FEATURE_MAPS:
-        raise ValueError(
-            f"got feature_map={feature_map!r}, wanted one of {', '.join(reference.FEATURE_MAPS)}"
-        )
+    check(*inputs, feature_map)
     return _implementation(*inputs, feature_map)(*inputs, feature_map)
 
 
@@ -115,13 +111,20 @@ def _tangent(x: Tensor | None) -> Tensor | None:
     return None if x is None else unpack_dual(x).tangent
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, feature_map: str
+) -> None:
+    """Raise ValueError unless the arguments of linear attention fit each other."""
     D = q.shape[-1]
     reference.check_shapes(q, k, v)
     if weight.shape != (D, D) or bias.shape != (D,) or (add is not None and add.shape != q.shape):
         raise ValueError(
             f"got weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, add "
             f"{None if add is None else tuple(add.shape)}; wanted ({D}, {D}), ({D},) and {tuple(q.shape)}"
+        )
+    if feature_map not in reference.FEATURE_MAPS:
+        raise ValueError(
+            f"got feature_map={feature_map!r}, wanted one of {', '.join(reference.FEATURE_MAPS)}"
         )
 
 

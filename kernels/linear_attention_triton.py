@@ -40,6 +40,16 @@ class Tile(NamedTuple):
     programs: int = 2
 
 
+class Branch(NamedTuple):
+    """What an output is computed from: queries (B, L, N, D), what fold says of keys, and bias (D)."""
+
+    q: Tensor
+    folded: Tensor
+    vectors: Tensor
+    bias: Tensor
+    feature_map: str
+
+
 # made for D = 128 in 16 bits; tests/kernels/test_linear_attention_compile.py holds them to every GPU
 PORTABLE = {
     "state": Tile(32, 8, 3, 128),
@@ -353,15 +363,22 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, feature_map: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output (B, N, L, D) in q's dtype, and for backward folded, state (B N, D, D) and vectors."""
-    q, k, v, add = (None if x is None else tokens_first(x) for x in (q, k, v, add))
+    q, add = (None if x is None else tokens_first(x) for x in (q, add))
     o = torch.empty_like(q)
+    state, folded, vectors = of_keys(k, v, weight, feature_map)
     with torch.cuda.device_of(q):
+        Walk(q, "output", feature_map)(output_kernel, q, folded, vectors, bias.contiguous(), add, o)
+    return o.transpose(1, 2), folded, state, vectors
+
+
+def of_keys(k: Tensor, v: Tensor, weight: Tensor, feature_map: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What an output needs of k and v (B, N, S, D): state, folded and vectors, as fold gives them."""
+    k, v = tokens_first(k), tokens_first(v)
+    with torch.cuda.device_of(k):
         walk = Walk(k, "state", feature_map)
         parts = walk.parts()
         walk(state_kernel, k, v, parts)
-        state, folded, vectors = fold(parts, weight, q.dtype)
-        Walk(q, "output", feature_map)(output_kernel, q, folded, vectors, bias.contiguous(), add, o)
-    return o.transpose(1, 2), folded, state, vectors
+        return fold(parts, weight, k.dtype)
 
 
 def backward(

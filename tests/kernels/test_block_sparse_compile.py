@@ -1,5 +1,7 @@
 """The kernels of block-sparse attention compile for every supported GPU, with no GPU, and fit it."""
 
+import subprocess
+import tempfile
 from typing import NamedTuple
 
 import pytest
@@ -7,14 +9,19 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton import knobs
 from triton.compiler import CompiledKernel
 
 from kernels import block_sparse_int8_triton as int8
 from kernels import block_sparse_triton as sparse
+from kernels.reference import FEATURE_MAPS
 from kernels.tiles import HAS_GLUON
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ELEMENTS = {BF16: "bf16", FP16: "fp16"}
+# what kernels for Hopper take for the linear branch
+BRANCH = ("folded_desc", "vectors_ptr", "bias_ptr")
 KERNELS = {
     "forward": sparse.forward_kernel,
     "tangent": sparse.tangent_kernel,
@@ -55,21 +62,47 @@ def portable_forms(kind: str, capability: int, block_q: int, block_k: int) -> li
 
 def descriptors(shapes: list[tuple[list[int], object]], elements: list[str]) -> dict[str, str]:
     """Triton's names of the types of a Hopper kernel's descriptors."""
-    pairs = zip(shapes, elements, strict=True)
-    types = [
-        f"tensordesc<{element}{shape},{layout!r}>".replace(" ", "") for (shape, layout), element in pairs
-    ]
+    types = [descriptor(*tile, element) for tile, element in zip(shapes, elements, strict=True)]
     return dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), types, strict=True))
 
 
+def descriptor(shape: list[int], layout: object, element: str) -> str:
+    return f"tensordesc<{element}{shape},{layout!r}>".replace(" ", "")
+
+
 def compile_gluon(
-    form: NamedTuple, block_q: int, block_k: int, width: int, dtype: torch.dtype
+    block_q: int, block_k: int, width: int, dtype: torch.dtype, feature_map: str | None = None
 ) -> CompiledKernel:
     from kernels import block_sparse_hopper as hopper
 
-    element = {BF16: "bf16", FP16: "fp16"}[dtype]
+    element = ELEMENTS[dtype]
     types = TYPES | descriptors(hopper.shapes(width, block_k, dtype), [element] * 4)
-    return compile_kernel(hopper.forward_kernel, types, hopper.options(form, block_q), 90)
+    types |= branch_types(width, dtype)
+    absent = BRANCH if feature_map is None else ("lse_ptr",)
+    options = hopper.options(hopper.FORMS[block_q], block_q, feature_map) | dict.fromkeys(absent)
+    return compile_kernel(hopper.forward_kernel, types, options, 90)
+
+
+def compile_eight_bit_gluon(width: int, dtype: torch.dtype, feature_map: str | None = None) -> CompiledKernel:
+    from kernels import block_sparse_int8_hopper as hopper
+
+    types = TYPES | dict.fromkeys(("q_step_ptr", "k_step_ptr", "v_step_ptr"), "*fp32")
+    types |= descriptors(hopper.shapes(width, 64, dtype), ["i8", "i8", "fp8e4nv", ELEMENTS[dtype]])
+    types |= branch_types(width, dtype) | {"exact_desc": types["o_desc"]}
+    absent = (*BRANCH, "exact_desc") if feature_map is None else ()
+    options = hopper.options(hopper.FORMS[128, 64], feature_map) | dict.fromkeys(absent)
+    return compile_kernel(hopper.attention_kernel, types, options, 90)
+
+
+def branch_types(width: int, dtype: torch.dtype) -> dict[str, str]:
+    """Of what a kernel for Hopper takes for the linear branch."""
+    from kernels.block_sparse_hopper import square
+
+    return {
+        "folded_desc": descriptor(*square(width, dtype), ELEMENTS[dtype]),
+        "vectors_ptr": "*fp32",
+        "bias_ptr": f"*{ELEMENTS[dtype]}",
+    }
 
 
 def compile_int8(eight: int8.Eight, capability: int, blocks: tuple[int, int]) -> CompiledKernel:
@@ -112,29 +145,57 @@ def test_hopper_kernel_keeps_products_in_flight(
     from kernels.block_sparse_hopper import FORMS
 
     groups, form = block_q // 64, FORMS[block_q]
-    kernel = compile_gluon(form, block_q, block_k, width, dtype)
+    kernel = compile_gluon(block_q, block_k, width, dtype)
     assert_shares_a_hopper(kernel, form, groups)
-    sass = kernel.asm["sass"]
+    assert_keeps_products_in_flight(kernel, form, groups, waits=4)
+
+
+@pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
+@pytest.mark.parametrize(("block_k", "width"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_hopper_kernel_has_room_for_the_linear_branch(feature_map: str, block_k: int, width: int) -> None:
+    from kernels.block_sparse_hopper import FORMS
+
+    kernel = compile_gluon(128, block_k, width, BF16, feature_map)
+    assert_shares_a_hopper(kernel, FORMS[128], groups=2)
+    # one product more
+    assert_keeps_products_in_flight(kernel, FORMS[128], groups=2, waits=5)
+
+
+def assert_keeps_products_in_flight(
+    kernel: CompiledKernel, form: NamedTuple, groups: int, waits: int
+) -> None:
+    sass = machine_code(kernel)
     # nothing is spilt to local memory
     assert "STL" not in sass
     # ptxas waits after every product where it cannot follow the waits that were asked for
-    waits = kernel.asm["ptx"].count("wgmma.wait_group")
-    assert sass.count("WARPGROUP.DEPBAR") == waits == 4 * groups
+    asked = kernel.asm["ptx"].count("wgmma.wait_group")
+    assert sass.count("WARPGROUP.DEPBAR") == asked == waits * groups
     assert exponentials(sass, pending=1) == [form.keys // 2 + 2] * groups
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
 @pytest.mark.parametrize(("width", "dtype"), [(128, BF16), (64, FP16), (32, BF16)])
 def test_eight_bit_hopper_kernel_keeps_products_in_flight(width: int, dtype: torch.dtype) -> None:
-    from kernels import block_sparse_int8_hopper as hopper
+    assert_eight_bits_keep_products_in_flight(compile_eight_bit_gluon(width, dtype))
 
-    types = TYPES | dict.fromkeys(("q_step_ptr", "k_step_ptr", "v_step_ptr"), "*fp32")
-    elements = ["i8", "i8", "fp8e4nv", {BF16: "bf16", FP16: "fp16"}[dtype]]
-    types |= descriptors(hopper.shapes(width, 64, dtype), elements)
-    form = hopper.FORMS[128, 64]
-    kernel = compile_kernel(hopper.attention_kernel, types, hopper.options(form), 90)
+
+@pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
+@pytest.mark.parametrize(
+    ("width", "feature_map"), [(128, "softmax"), (128, "elu"), (128, "relu"), (64, "softmax")]
+)
+def test_eight_bit_hopper_kernel_has_room_for_the_linear_branch(width: int, feature_map: str) -> None:
+    kernel = compile_eight_bit_gluon(width, BF16, feature_map)
+    assert_eight_bits_keep_products_in_flight(kernel)
+    assert "STL" not in machine_code(kernel)  # nothing is spilt to local memory
+
+
+def assert_eight_bits_keep_products_in_flight(kernel: CompiledKernel) -> None:
+    from kernels.block_sparse_int8_hopper import FORMS
+
+    form = FORMS[128, 64]
     assert_shares_a_hopper(kernel, form, groups=2)
-    sass = kernel.asm["sass"]
+    sass = machine_code(kernel)
     # one more, after the first of two products of a tile, whose sums must start from other registers
     assert sass.count("WARPGROUP.DEPBAR") <= kernel.asm["ptx"].count("wgmma.wait_group") + 1
     assert exponentials(sass, pending=2) == [form.keys // 2 + 2] * 2
@@ -146,6 +207,15 @@ def assert_shares_a_hopper(kernel: CompiledKernel, form: NamedTuple, groups: int
     assert (kernel.metadata.shared + 1024) * form.programs <= 228 << 10
     assert kernel.metadata.num_warps == 4 * (groups + 1)
     assert kernel.metadata.maxnreg * 32 * kernel.metadata.num_warps * form.programs <= 65536
+
+
+def machine_code(kernel: CompiledKernel) -> str:
+    """All of it: what Triton itself calls "sass" ends after some thousand lines."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = (knobs.nvidia.cuobjdump.path, "-sass", file.name)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def exponentials(sass: str, pending: int) -> list[int]:

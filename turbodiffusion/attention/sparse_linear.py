@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.block_map import block_map
-from kernels.block_sparse import sparse_attention
-from kernels.block_sparse_int8 import are_differentiated, sparse_attention_int8
-from kernels.linear_attention import linear_attention
+from kernels.block_sparse_int8 import are_differentiated
+from kernels.block_sparse_linear import sparse_linear_attention
 from kernels.reference import FEATURE_MAPS
 from turbodiffusion.errors import UserError
 
@@ -58,16 +57,12 @@ class SparseLinearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         blocks = {"block_q": self.config["block_q"], "block_k": self.config["block_k"]}
         index = block_map(q, k, **blocks, ratio=self.config["ratio"])
-        if self.int8:
-            if are_differentiated(q, k, v):
-                raise UserError(
-                    "attention=sla_int8 can not be trained: train with sla, and generate with sla_int8"
-                )
-            sparse = sparse_attention_int8(q, k, v, index, **blocks)
-        else:
-            sparse = sparse_attention(q, k, v, index, **blocks)
-        proj = self.proj_l
-        return linear_attention(q, k, v, self.config["feature_map"], proj["weight"], proj["bias"], add=sparse)
+        if self.int8 and are_differentiated(q, k, v):
+            raise UserError(
+                "attention=sla_int8 can not be trained: train with sla, and generate with sla_int8"
+            )
+        projected = (self.config["feature_map"], self.proj_l["weight"], self.proj_l["bias"])
+        return sparse_linear_attention(q, k, v, index, *projected, **blocks, int8=self.int8)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in {**self.config, "int8": self.int8}.items())
