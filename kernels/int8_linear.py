@@ -78,7 +78,8 @@ def int8_product(
         return y.chunk(parts, 1)
     from kernels import int8_linear_triton as kernels
 
-    finish = kernels.Finish(gelu, gate is not None, gate is None or len(gate) == 1, parts)
+    gates = "no" if gate is None else "one" if len(gate) == 1 else "many"
+    finish = kernels.Finish(gelu, add is not None, gates, parts)
     form = _form(x, weight, add, finish)
     return kernels.product(*tensors, dtype=x.dtype, finish=finish, form=form)
 
@@ -95,14 +96,13 @@ def int8_linear(
 ) -> Tensor:
     """F.linear of x (B, ..., K), quantised by tokens, and a quantised weight (N, K) -> (B, ..., N).
 
-    gelu: through tanh's GELU.  add (B, L, N): add + gate times that, gate (B or 1, L or 1, N).  Raises
-    ValueError for shapes or dtypes that do not fit, and where a derivative is asked for.
+    gelu: through tanh's GELU.  gate (B or 1, L or 1, N): times it, of x (B, L, K).  add (B, ..., N): plus it.
+    Raises ValueError for shapes or dtypes that do not fit, and where a derivative is asked for.
     """
     tokens = _tokens(x, add, gate)
-    if add is not None:
-        if gate.shape[:2] != (1, 1):
-            gate = gate.expand(len(add), -1, -1)
-        add, gate = add.flatten(0, 1), gate.flatten(0, 1)
+    if gate is not None:
+        gate = (gate if gate.shape[:2] == (1, 1) else gate.expand(len(tokens.steps), -1, -1)).flatten(0, 1)
+    add = None if add is None else add.flatten(0, -2)
     (y,) = int8_product(_rows(tokens), weight, weight_step, bias, gelu=gelu, add=add, gate=gate)
     return y.unflatten(0, tokens.steps.shape)
 
@@ -151,15 +151,12 @@ def _check(x: Tokens, weight: Tensor, weight_step: Tensor, bias: Tensor | None, 
 
 
 def _check_sum(x: Tokens, weight: Tensor, add: Tensor | None, gate: Tensor | None) -> None:
-    """Raise ValueError unless add and gate fit the outputs, or neither is there."""
-    if add is None and gate is None:
-        return
+    """Raise ValueError unless add and gate, where they are there, fit the outputs."""
     M, N = len(x.counts), len(weight)
-    shapes = [None if t is None else tuple(t.shape) for t in (add, gate)]
-    if None in shapes or shapes[0] != (M, N) or shapes[1][1:] != (N,) or M % shapes[1][0]:
-        raise ValueError(f"got add and gate {shapes}, wanted ({M}, {N}) and (a divisor of {M}, {N})")
-    if add.dtype != x.dtype:
-        raise ValueError(f"got numbers in {add.dtype} to add to, wanted {x.dtype}")
+    if gate is not None and (gate.shape[1:] != (N,) or M % len(gate)):
+        raise ValueError(f"got gate {tuple(gate.shape)}, wanted (a divisor of {M}, {N})")
+    if add is not None and (add.shape != (M, N) or add.dtype != x.dtype):
+        raise ValueError(f"got add {tuple(add.shape)} in {add.dtype}, wanted ({M}, {N}) in {x.dtype}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -204,11 +201,11 @@ class Trial:
         generator = torch.Generator(device).manual_seed(0)
         M, N, K = self.SIZES
         columns = N * finish.parts
-        sizes = ((M, K), (columns, K), (columns,), (M, N), (1 if finish.is_one else M // 2, N))
+        sizes = ((M, K), (columns, K), (columns,), (M, N), (M // 2 if finish.gates == "many" else 1, N))
         drawn = (torch.randn(size, generator=generator, device=device) for size in sizes)
         self.x, weight, bias, add, gate = (t.to(dtype) for t in drawn)
-        others = (add, gate.float()) if finish.gated else ()
-        self.layer = *reference_int8.quantise_rows(weight), bias, *others
+        add, gate = add if finish.add else None, None if finish.gates == "no" else gate.float()
+        self.layer = *reference_int8.quantise_rows(weight), bias, add, gate
         self.finish = finish
         y = reference_int8.product(*reference_int8.quantise_rows(self.x), *self.layer, gelu=finish.gelu)
         self.truth = [part.double() for part in y.to(dtype).chunk(finish.parts, 1)]

@@ -148,15 +148,16 @@ def _multiply(
                 y += gl.load(bias_ptr + channel, at < N, other=0.0).to(gl.float32)[None, :]
             if GELU:
                 y = gelu(y)
-            if add_ptr is not None:
-                inside = (row < M)[:, None] & (at < N)[None, :]
+            inside = (row < M)[:, None] & (at < N)[None, :]
+            if gate_ptr is not None:
                 if IS_ONE:
-                    gate = gl.load(gate_ptr + at, at < N, other=0.0)[None, :]
+                    y *= gl.load(gate_ptr + at, at < N, other=0.0)[None, :]
                 else:
                     gate_row = (row // every).to(gl.int64)[:, None] * N
-                    gate = gl.load(gate_ptr + gate_row + at[None, :], inside, other=0.0)
+                    y *= gl.load(gate_ptr + gate_row + at[None, :], inside, other=0.0)
+            if add_ptr is not None:
                 add = gl.load(add_ptr + (row.to(gl.int64)[:, None] * N + at[None, :]), inside, other=0.0)
-                y = add.to(gl.float32) + gate * y
+                y += add.to(gl.float32)
             # the half before has left the buffer
             tma.store_wait(0)
             y_tile.store(y.to(y_tiles.dtype))
@@ -200,7 +201,7 @@ def options(form: Form, finish: Finish) -> dict[str, int | bool]:
         "STAGES": form.stages,
         "GROUP": form.group,
         "GELU": finish.gelu,
-        "IS_ONE": finish.is_one,
+        "IS_ONE": finish.gates == "one",
         "PARTS": finish.parts,
         **LAUNCH,
     }

@@ -1,6 +1,6 @@
 """Triton kernels of kernels/int8_linear.py: rows to int8, and products of int8 matrices with their steps."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -42,13 +42,13 @@ class Form(NamedTuple):
 class Finish(NamedTuple):
     """What becomes of the sums of a tile, beside steps and bias.
 
-    gated: added to other numbers, times a gate, which is_one row for all or a row for some each.  parts: as
-    many weights one under another, each with outputs of its own.
+    add: added to other numbers, times a gate if there is one: of one row for all, or of many, for some each.
+    parts: as many weights one under another, each with outputs of its own.
     """
 
     gelu: bool = False
-    gated: bool = False
-    is_one: bool = True
+    add: bool = False
+    gates: Literal["no", "one", "many"] = "no"
     parts: int = 1
 
 
@@ -158,7 +158,7 @@ def product_kernel(
 ):  # fmt: skip
     """y (PARTS, HEIGHT, N), of which M rows count, of int8 x (M, K) and w (PARTS, N, K) in their rows' steps.
 
-    bias (PARTS, N) or None.  add (M, N), or None, plus gate (M / EVERY, N) times the rest; IS_ONE: (1, N).
+    bias (PARTS, N), or None.  gate (M / EVERY, N), or None, times that; IS_ONE: (1, N).  add (M, N), or None.
     """
     WIDTH: tl.constexpr = COLUMNS // 2 if HALVES else COLUMNS
     x_tiles = _matrix(x_ptr, M, K, ROWS, DEPTH, TMA)
@@ -194,14 +194,15 @@ def product_kernel(
                 y += tl.load(bias_ptr + channels, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if GELU:
                 y = gelu(y)
-            if add_ptr is not None:
+            if gate_ptr is not None:
                 if IS_ONE:
-                    gate = tl.load(gate_ptr + columns, mask=columns < N, other=0.0)[None, :]
+                    y *= tl.load(gate_ptr + columns, mask=columns < N, other=0.0)[None, :]
                 else:
                     gate_row = (rows // EVERY).to(tl.int64)[:, None] * N
                     inside = (rows < M)[:, None] & (columns < N)[None, :]
-                    gate = tl.load(gate_ptr + (gate_row + columns[None, :]), mask=inside, other=0.0)
-                y = _load(add_tiles, row, column, M, N, ROWS, WIDTH, TMA).to(tl.float32) + gate * y
+                    y *= tl.load(gate_ptr + (gate_row + columns[None, :]), mask=inside, other=0.0)
+            if add_ptr is not None:
+                y += _load(add_tiles, row, column, M, N, ROWS, WIDTH, TMA).to(tl.float32)
             above = part * HEIGHT
             _store(y_tiles, y, above + row, column, above + M, N, ROWS, WIDTH, TMA)
 
@@ -229,7 +230,7 @@ def product_options(form: Form, finish: Finish) -> dict[str, int | bool]:
         "HALVES": form.halves,
         "GROUP": GROUP,
         "GELU": finish.gelu,
-        "IS_ONE": finish.is_one,
+        "IS_ONE": finish.gates == "one",
         "PARTS": finish.parts,
         "num_warps": form.warps,
         "num_stages": form.stages,

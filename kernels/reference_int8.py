@@ -31,7 +31,7 @@ def product(
 ) -> Tensor:
     """x (M, K) times weight (N, K), each in its rows' steps, plus bias (N,) -> (M, N) fp32; tanh's GELU.
 
-    add (M, N): add + gate times that, of which a row (G, N) belongs to M / G rows.
+    gate (G, N): times it, a row of which belongs to M / G rows.  add (M, N): plus it.
     """
     # fp64 is exact too; on a GPU PyTorch multiplies integers of few shapes
     sums = x.double() @ weight.double().mT if x.is_cuda else torch._int_mm(x, weight.mT)
@@ -40,4 +40,6 @@ def product(
         y = y + bias.float()
     if gelu:
         y = F.gelu(y, approximate="tanh")
-    return y if add is None else add + gate.float().repeat_interleave(len(x) // len(gate), 0) * y
+    if gate is not None:
+        y = y * gate.float().repeat_interleave(len(x) // len(gate), 0)
+    return y if add is None else y + add.float()

@@ -19,8 +19,9 @@ PRODUCTS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 120: "mma.sync"}
 FINISHES = {
     "nothing": Finish(),
     "GELU": Finish(gelu=True),
-    "one gate": Finish(gated=True),
-    "gates": Finish(gated=True, is_one=False),
+    "sum": Finish(add=True),
+    "one gate": Finish(add=True, gates="one"),
+    "gates": Finish(add=True, gates="many"),
     "three parts": Finish(parts=3),
 }
 
@@ -31,7 +32,7 @@ def compile_product(form: int8.Form, finish: Finish, capability: int) -> Compile
 
 
 def absent(finish: Finish) -> dict[str, None]:
-    return {} if finish.gated else {"add_ptr": None, "gate_ptr": None}
+    return ({} if finish.add else {"add_ptr": None}) | ({"gate_ptr": None} if finish.gates == "no" else {})
 
 
 @pytest.mark.parametrize("finish", FINISHES)
@@ -48,7 +49,7 @@ def test_forms_fit_their_gpu(capability: int, finish: str) -> None:
         # copies to shared memory that nobody waits for
         assert ("cp.async.bulk.tensor" if form.tma else "cp.async.cg") in kernel.asm["ptx"]
         # in registers, but for a few numbers of a gated sum
-        assert "STL" not in kernel.asm["sass"] or FINISHES[finish].gated
+        assert "STL" not in kernel.asm["sass"] or FINISHES[finish].add
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
@@ -76,7 +77,7 @@ def test_hopper_kernel_keeps_products_in_flight(finish: str, columns: int) -> No
     waits = kernel.asm["ptx"].count("wgmma.wait_group")
     assert sass.count("WARPGROUP.DEPBAR") == waits == 4
     assert "s32.s8.s8" in kernel.asm["ptx"]
-    assert ("prefetch.global.L2" in kernel.asm["ptx"]) == FINISHES[finish].gated
+    assert ("prefetch.global.L2" in kernel.asm["ptx"]) == FINISHES[finish].add
 
 
 @pytest.mark.parametrize("width", [1536, 5120, 13824])

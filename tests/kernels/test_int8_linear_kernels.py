@@ -88,17 +88,17 @@ def test_products_are_the_twins_bit_for_bit(case: tuple[int, int, int]) -> None:
         assert torch.equal(got, wanted), form
 
 
-@pytest.mark.parametrize("sharing", ["all", "some", "one"])
+@pytest.mark.parametrize("sharing", ["none", "all", "some", "one"])
 @pytest.mark.parametrize("case", CASES)
 def test_gated_sums_are_the_twins_bit_for_bit(case: tuple[int, int, int], sharing: str) -> None:
     x, weight, bias = draw(*case, BF16)
     M, _, N = case
     x, weight = reference_int8.quantise_rows(x), reference_int8.quantise_rows(weight)
     add = torch.randn(M, N).to(DEVICE, BF16)
-    rows = {"all": 1, "some": next(size for size in (5, 2, 1) if M % size == 0), "one": M}[sharing]
-    gate = torch.randn(rows, N, device=DEVICE)
+    rows = {"none": 0, "all": 1, "some": next(size for size in (5, 2, 1) if M % size == 0), "one": M}[sharing]
+    gate = torch.randn(rows, N, device=DEVICE) if rows else None
     wanted = reference_int8.product(*x, *weight, bias, add, gate).to(BF16)
-    finish = Finish(gated=True, is_one=rows == 1)
+    finish = Finish(add=True, gates=("no", "one", "many")[min(rows, 2)])
     for form in forms(x[0], weight[0], add):
         (got,) = kernels.product(*x, *weight, bias, add, gate, dtype=BF16, finish=finish, form=form)
         assert torch.equal(got, wanted), form
@@ -160,9 +160,8 @@ def test_trial_passes() -> None:
     finishes = [
         Finish(),
         Finish(gelu=True),
-        Finish(gated=True),
-        Finish(gated=True, is_one=False),
         Finish(parts=3),
+        *(Finish(add=True, gates=gates) for gates in ("no", "one", "many")),
     ]
     for dtype, finish in product((BF16, FP16), finishes):
         trial = Trial(torch.device(DEVICE), dtype, finish)

@@ -29,7 +29,8 @@ def test_floats_are_the_separate_steps() -> None:
     assert torch.equal(modulated(x, shift, gate, *several), norm_modulate(x, shift, gate))
     assert torch.equal(normed(x, norm, several[0]), norm(x))
     assert all(torch.equal(got, layer(x)) for got, layer in zip(projected(x, *several), several, strict=True))
-    assert torch.equal(add_projected(x, y, gate, several[0]), add_gated(x, several[0](y), gate))
+    assert torch.equal(add_projected(x, y, several[0], gate), add_gated(x, several[0](y), gate))
+    assert torch.equal(add_projected(x, y, several[0]), x + several[0](y))
 
 
 @pytest.mark.parametrize("tokens", [1, L])
@@ -72,7 +73,8 @@ def test_one_product_is_the_layers_one_by_one(is_quantised: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, L])
 def test_gated_sums_are_finished_by_the_layer(tokens: int) -> None:
     x, y, gate, (layer,) = draw(B, L, E), draw(B, L, E), draw(B, tokens, E), layers(1, is_int8=True)
-    assert torch.equal(add_projected(x, y, gate, layer), x + gate * layer(y))
+    assert torch.equal(add_projected(x, y, layer, gate), x + gate * layer(y))
+    assert torch.equal(add_projected(x, y, layer), x + layer(y))
 
 
 def test_weights_that_are_moved_together_are_the_same_tensors_of_the_same_numbers() -> None:

@@ -84,12 +84,12 @@ class Layers(nn.Module):
 
     def out(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
         """o and its gated sum."""
-        return (add_projected(x, y, gate, self.o),)
+        return (add_projected(x, y, self.o, gate),)
 
     def ffn(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
         """Norm, modulation, feed-forward and its gated sum."""
         h = self.gelu(self.up(modulated(x, shift, scale, self.up)))
-        return (add_projected(x, h, gate, self.down),)
+        return (add_projected(x, h, self.down, gate),)
 
 
 # of each: products a token, and bytes between kernels, both in the width E and the inner width I.  x to int8

@@ -14,6 +14,10 @@ from kernels.norms import add_gated, norm_modulate, norm_modulate_int8
 from turbodiffusion.models.int8 import Int8Linear
 from turbodiffusion.models.layers import LayerNorm
 
+# width up to which the last tiles of one layer leave much of a GPU idle; of wider ones, one product would
+# save nothing, and keep the outputs of all in memory together
+JOINED = 2048
+
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, *readers: nn.Module) -> Tensor | Tokens:
     """norm_modulate for the layers that read it: in 8 bits, once, if all of them are."""
@@ -31,13 +35,17 @@ def normed(x: Tensor, norm: LayerNorm, reader: nn.Module) -> Tensor | Tokens:
 
 
 def projected(x: Tensor | Tokens, *layers: nn.Module) -> Sequence[Tensor]:
-    """What each of some layers of one size makes of x; in 8 bits by one product, whose tiles fill a GPU."""
-    return _projected(x, layers) if _are_int8(layers) else [layer(x) for layer in layers]
+    """What each of some layers of one size makes of x: small ones in 8 bits by one product."""
+    if _are_int8(layers) and layers[0].weight.shape[1] <= JOINED:
+        return _projected(x, layers)
+    return [layer(x) for layer in layers]
 
 
-def add_projected(x: Tensor, y: Tensor | Tokens, gate: Tensor, layer: nn.Module) -> Tensor:
+def add_projected(x: Tensor, y: Tensor | Tokens, layer: nn.Module, gate: Tensor | None = None) -> Tensor:
     """x + gate layer(y), finished by the layer if it is in 8 bits.  x (B, L, E), gate (B or 1, L or 1, E)."""
-    return layer(y, add=x, gate=gate) if _are_int8([layer]) else add_gated(x, layer(y), gate)
+    if _are_int8([layer]):
+        return layer(y, add=x, gate=gate)
+    return x + layer(y) if gate is None else add_gated(x, layer(y), gate)
 
 
 def _are_int8(layers: Sequence[nn.Module]) -> bool:

@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         k = norm_rotate(k, self.norm_k.weight, *table)
         v = v.unflatten(-1, (self.heads, -1))
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return add_projected(add, rearrange(out, "b n l d -> b l (n d)"), gate, self.o)
+        return add_projected(add, rearrange(out, "b n l d -> b l (n d)"), self.o, gate)
 
 
 class Block(nn.Module):
@@ -89,9 +89,9 @@ class Block(nn.Module):
         attend, cross, (up, gelu, down) = self.self_attn, self.cross_attn, self.ffn
         h = modulated(x, signal(0), signal(1), attend.q, attend.k, attend.v)
         x = attend(h, table, x, signal(2))
-        x = x + cross(normed(x, self.norm3, cross.q), text, image)
+        x = cross(normed(x, self.norm3, cross.q), text, image, x)
         h = modulated(x, signal(3), signal(4), up)
-        return add_projected(x, gelu(up(h)), signal(5), down)
+        return add_projected(x, gelu(up(h)), down, signal(5))
 
 
 class Head(nn.Module):
