@@ -15,6 +15,7 @@ from turbodiffusion.pipelines.found import find, load
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
 from turbodiffusion.pipelines.offload import Residence
 from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.pipelines.watch import Watch
 from turbodiffusion.variants import Sampling
 
 CPU = torch.device("cpu")
@@ -63,6 +64,16 @@ def test_text_to_video_is_encode_guide_integrate_decode(parts: Callable) -> None
     assert theirs.std() > 0.01
     torch.testing.assert_close(ours.frames, theirs, atol=ROUNDING, rtol=0)
     assert list(ours.seconds) == ["text", "denoise", "decode"]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_frames_are_taken_as_they_come(parts: Callable, tiled: bool) -> None:
+    models, sampling = parts("wan_tiny")
+    pipeline, taken = Pipeline(models, sampling, device=CPU, tiled=tiled), []
+    latents = torch.randn(1, 16, 3, 4, 40, generator=torch.Generator().manual_seed(0))
+    frames = pipeline.decode(latents, Watch(CPU), taken.append)
+    assert torch.equal(torch.cat(taken, dim=2), frames)
+    assert frames.shape == (1, 3, 9, 32, 320)
 
 
 @torch.no_grad()

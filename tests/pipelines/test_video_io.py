@@ -11,6 +11,8 @@ from torch import Tensor
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.video_io import (
+    beside,
+    growing_video,
     read_picture,
     read_video,
     to_uint8,
@@ -53,6 +55,32 @@ def test_a_lower_crf_keeps_more(tmp_path: Path) -> None:
         write_video(tmp_path / f"{crf}.mp4", noise, fps=8, crf=crf)
     fine, coarse = (psnr(read_video(tmp_path / f"{crf}.mp4")[0], noise) for crf in (5, 40))
     assert fine > coarse + 5
+
+
+def test_a_video_written_beside_its_making_is_the_same_file(tmp_path: Path) -> None:
+    frames = torch.rand(3, 9, 64, 96) * 2 - 1
+    write_video(tmp_path / "whole.mp4", to_uint8(frames), fps=8, crf=18)
+    with growing_video(tmp_path / "pieces.mp4", fps=8, crf=18) as append, beside(append) as take:
+        for piece in frames.split((1, 4, 4), dim=1):
+            take(piece)
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_what_fails_beside_is_raised_and_leaves_nothing(tmp_path: Path) -> None:
+    def full(pixels: Tensor) -> None:
+        raise UserError("no space left")
+
+    with pytest.raises(UserError, match="no space left"), beside(full) as take:
+        take(torch.zeros(3, 1, 64, 96))
+
+    def fail() -> None:
+        with growing_video(tmp_path / "a.mp4", fps=8, crf=18) as append, beside(append) as take:
+            take(torch.zeros(3, 1, 64, 96))
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_is_plain_h264_that_says_its_colours(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from turbodiffusion.pipelines.graphs import check_graph
 from turbodiffusion.pipelines.memory import GIB
 from turbodiffusion.pipelines.offload import check_offload
 from turbodiffusion.pipelines.sizes import Size
-from turbodiffusion.pipelines.video_io import to_uint8, write_video
+from turbodiffusion.pipelines.video_io import beside, growing_video
 from turbodiffusion.pipelines.watch import Watch
 from turbodiffusion.variants import CONFIGS, Variant, variant
 
@@ -195,14 +195,20 @@ def generate(models: Models, row: Variant, options: Options, result: Measured) -
 
 
 def make(pipeline: Pipeline, clip: Clip) -> dict[str, float]:
-    """Seconds of the stages of one video and of writing it."""
-    made = pipeline(clip, [0])
-    if not made.frames.isfinite().all():
-        raise SystemExit("the frames are not finite: not a time to quote")
+    """Seconds of the stages of one video; of writing, what is left when the last frame is decoded."""
     watch = Watch(pipeline.device)
-    with tempfile.TemporaryDirectory() as folder, watch.stage("write"):
-        write_video(Path(folder) / "clip.mp4", to_uint8(made.frames[0]), fps=16, crf=18)
-    return made.seconds | watch.seconds
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as writing:
+        noise = pipeline.noise(clip, [0])
+        latents = pipeline.denoise(pipeline.encode(clip, watch), [0], watch, noise)
+        video = growing_video(Path(folder) / "clip.mp4", fps=pipeline.sampling.fps, crf=18)
+        take = writing.enter_context(beside(writing.enter_context(video)))
+        frames = pipeline.decode(latents, watch, lambda piece: take(piece[0]))
+        pipeline.residence.release()
+        with watch.stage("write"):
+            writing.close()
+    if not frames.isfinite().all():
+        raise SystemExit("the frames are not finite: not a time to quote")
+    return watch.seconds
 
 
 def measure(options: Options) -> Measured:

@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-from torch import Tensor
 
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.saving import write_json
@@ -27,7 +26,14 @@ from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import command, environment, fingerprint
 from turbodiffusion.pipelines.request import Request, Shot, pick_device, pick_dtype, resolve
 from turbodiffusion.pipelines.texts import cache_folder
-from turbodiffusion.pipelines.video_io import read_picture, to_uint8, write_picture, write_video
+from turbodiffusion.pipelines.video_io import (
+    Take,
+    beside,
+    growing_video,
+    read_picture,
+    to_uint8,
+    write_picture,
+)
 from turbodiffusion.pipelines.watch import OnProgress, Watch
 
 _Right = partial(Column, justify="right")
@@ -139,22 +145,27 @@ class Run:
                 watch = Watch(self.pipeline.device, on_progress)
                 latents = self.pipeline.denoise(encoded, [seed], watch, noise)
                 noise = None  # the first seed's alone
-                frames = self.pipeline.decode(latents, watch)[0]
-                self.pipeline.residence.release()
-                with watch.stage("write"):
-                    self._write(path, frames)
+                with ExitStack() as writing:
+                    take = writing.enter_context(self._writing(path))
+                    self.pipeline.decode(latents, watch, take)
+                    self.pipeline.residence.release()
+                    with watch.stage("write"):  # what is left of it
+                        writing.close()
                 self.seconds.update(watch.seconds)
                 # the JSON comes last: where it is, the video is whole
                 record = self._record(shot, seed, path, shared.seconds | watch.seconds)
                 write_json(path.with_suffix(".json"), record)
                 Console().print(str(path), soft_wrap=True, highlight=False, markup=False)
 
-    def _write(self, path: Path, frames: Tensor) -> None:
-        pixels = to_uint8(frames)
-        if len(pixels) == 1:
-            write_picture(path, pixels)
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[Take]:
+        """What takes the frames (1, 3, F, H, W) of a file, while the rest is being decoded."""
+        if self.request.frames == 1:
+            yield lambda frames: write_picture(path, to_uint8(frames[0]))
         else:
-            write_video(path, pixels, fps=self.request.sampling.fps, crf=self.options.crf)
+            video = growing_video(path, fps=self.request.sampling.fps, crf=self.options.crf)
+            with video as append, beside(append) as take:
+                yield lambda frames: take(frames[0])
 
     def _record(self, shot: Shot, seed: int, path: Path, seconds: dict[str, float]) -> dict[str, object]:
         """The JSON: the command that makes this file alone, what it resolved to, and what made it."""

@@ -3,7 +3,7 @@
 Shapes: B samples, T latent and F pixel frames, z latent channels, S text tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -199,8 +199,8 @@ class Pipeline:
             return TEACHERS[sampling.sampler](denoiser, start, self.times, on_step=report)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, watch: Watch) -> Tensor:
-        """Frames (B, 3, F, H, W) fp32 in [-1, 1]."""
+    def decode(self, latents: Tensor, watch: Watch, take: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Frames (B, 3, F, H, W) fp32 in [-1, 1]; take gets them piece by piece, each when it is queued."""
         vae, done = self.models.vae, 0
         with watch.stage("decode", 1 + (latents.shape[2] - 1) * vae.temporal_factor) as report:
 
@@ -208,13 +208,17 @@ class Pipeline:
                 nonlocal done
                 done += piece.shape[2]
                 report(done)
+                if take is not None:
+                    take(piece)
 
             self.residence.use(vae)
             self._make_room()
             chunk = self._chunk(latents.shape)
-            if self.tiled:
-                return decode_tiled(vae, latents, chunk=chunk)
-            return vae.decode(latents, chunk=chunk, on_frames=on_frames)
+            if not self.tiled:
+                return vae.decode(latents, chunk=chunk, on_frames=on_frames)
+            frames = decode_tiled(vae, latents, chunk=chunk)
+            on_frames(frames)
+            return frames
 
     def _make_room(self) -> None:
         """Forget recordings where less than half of the device is free: decoding is fast with much memory."""

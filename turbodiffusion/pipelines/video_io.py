@@ -1,5 +1,8 @@
 """Files of frames: H.264 and PNG out, pictures and videos in.  A file appears whole or not at all."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,31 +17,76 @@ from turbodiffusion.errors import UserError
 
 _BT709 = 1  # H.273 code of primaries and transfer
 
+Take = Callable[[Tensor], None]
+
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Frames (3, F, H, W) in [-1, 1] -> pixels (F, H, W, 3) uint8, rounded half up."""
-    unit = (1 + frames.detach().float().clamp(-1, 1)) / 2
-    return (255 * unit + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+    """Frames (3, F, H, W) in [-1, 1] -> pixels (F, H, W, 3) uint8 in host memory, rounded half up."""
+    return _fetch(frames)()
 
 
 def write_video(path: Path, pixels: Tensor, *, fps: float, crf: int) -> None:
     """Pixels (F, H, W, 3) uint8 -> an mp4: H.264, yuv420p, BT.709, playable while it downloads."""
-    height, width = pixels.shape[1:3]
+    with growing_video(path, fps=fps, crf=crf) as append:
+        append(pixels)
+
+
+@contextmanager
+def growing_video(path: Path, *, fps: float, crf: int) -> Iterator[Take]:
+    """The same, of pixels that come piece by piece; the file is there when the block ends."""
     options = {"movflags": "+faststart"}
     with appearing(path) as part, av.open(str(part), "w", format="mp4", options=options) as file:
         rate = Fraction(fps).limit_denominator(1001)
         stream = file.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries = codec.color_trc = _BT709
-        for picture in pixels.numpy():
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            file.mux(stream.encode(frame))
+
+        def append(pixels: Tensor) -> None:
+            if not codec.is_open:
+                stream.height, stream.width = pixels.shape[1:3]
+            for picture in pixels.numpy():
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame = frame.reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+                file.mux(stream.encode(frame))
+
+        yield append
         file.mux(stream.encode())
+
+
+@contextmanager
+def beside(append: Take) -> Iterator[Take]:
+    """Appends frames (3, F, H, W) in [-1, 1], from any device, while the caller goes on; the end waits."""
+    with ThreadPoolExecutor(1) as thread:
+        jobs: list[Future[None]] = []
+
+        def take(frames: Tensor) -> None:
+            fetched = _fetch(frames)
+            jobs.append(thread.submit(lambda: append(fetched())))
+
+        yield take
+        for job in jobs:
+            job.result()
+
+
+def _fetch(frames: Tensor) -> Callable[[], Tensor]:
+    """Begin what to_uint8 does -> what waits for it."""
+    unit = (1 + frames.detach().float().clamp(-1, 1)) / 2
+    pixels = (255 * unit + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    if not pixels.is_cuda:
+        return pixels.cpu
+    # queued behind what makes the frames, and before whatever the caller queues next
+    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True).copy_(pixels, non_blocking=True)
+    copied = torch.cuda.current_stream(pixels.device).record_event()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def read_video(path: Path) -> tuple[Tensor, float]:
