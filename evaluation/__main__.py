@@ -52,9 +52,7 @@ def evaluate(options: Options, console: Console) -> None:
     suite = None if options.prompts is None else read_prompts(Path(options.prompts).expanduser())
     reference = None if options.reference is None else Path(options.reference).expanduser()
     if reference is None and (paired := [name for name, each in metrics.items() if each.needs_reference]):
-        raise UserError(
-            f"{' and '.join(paired)} compare with other videos: give their folder as reference=DIR"
-        )
+        raise UserError(f"{' and '.join(paired)}: give the folder of videos to compare with as reference=DIR")
     found = find_videos(folder, suite, reference)
     tasks = plan(found.videos, metrics)
     rank, world, local = ranks()

@@ -60,7 +60,7 @@ def read_records(files: Iterable[Path]) -> dict[str, Record]:
                 raise UserError(
                     f"{path} line {i} is damaged; delete the line, to have it scored again"
                 ) from error
-            if record.score is not None or record.key not in found:
+            if record.score is not None or getattr(found.get(record.key), "score", None) is None:
                 found[record.key] = record
     return found
 

@@ -72,9 +72,9 @@ def _notes(
     if suite is None or not suite.is_standard:
         yield "the prompts are not the leaderboard's"
     if found.missing:
-        yield f"{len(found.missing)} videos are missing"
+        yield f"videos are missing: {len(found.missing)}"
     if failures:
-        yield f"{len({record.video for record in failures})} videos could not be scored"
+        yield f"videos could not be scored: {len({record.video for record in failures})}"
     if "temporal_flickering" in metrics:
         yield "temporal_flickering looked at all videos, not only at those that a filter found static"
 

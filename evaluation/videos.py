@@ -60,9 +60,8 @@ def find_videos(folder: Path, suite: Suite | None = None, reference: Path | None
         except UserError as error:
             odd[path.name] = str(error)
     if not videos:
-        raise UserError(
-            f"{folder} holds no video to score{'; '.join(['', *map(': '.join, odd.items())][:4])}"
-        )
+        told = [f"; {name} {reason}" for name, reason in odd.items()][:3]
+        raise UserError(f"{folder} holds no video to score{''.join(told)}")
     return Found(videos, odd, list(_missing(suite, stems)) if suite else [])
 
 

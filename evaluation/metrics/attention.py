@@ -1,7 +1,5 @@
 """How faithful a fast attention is to exact attention."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -9,20 +7,11 @@ from torchmetrics import Metric
 from turbodiffusion.errors import UserError
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """cos_sim: of the flattened outputs.  relative_l1: sum |test - exact| / sum |exact|.  rmse: of the same.
-
-    Every one is a tensor (layers, steps, heads), NaN where nothing was seen, or a number.
-    """
-
-    cos_sim: Tensor | float
-    relative_l1: Tensor | float
-    rmse: Tensor | float
-
-
 class AttentionFidelity(Metric):
-    """Sums in fp64 for every layer, sampling step and head, over all batches."""
+    """Likeness and errors of flattened outputs, in fp64, for every layer, sampling step and head.
+
+    cos_sim: their cosine.  relative_l1: sum |test - exact| / sum |exact|.  rmse: of their difference.
+    """
 
     full_state_update = False
     is_differentiable = False
@@ -48,19 +37,20 @@ class AttentionFidelity(Metric):
         self.sums[layer, step] += torch.stack([term.sum(dim=(0, 2, 3)) for term in terms], dim=-1)
         self.seen[layer, step] += x[:, 0].numel()
 
-    def cells(self) -> Fidelity:
-        """Of every layer, step and head."""
+    def cells(self) -> dict[str, Tensor]:
+        """Each measure (layers, steps, heads), NaN where nothing was seen."""
         dot, x2, y2, error, size, square = self.sums.unbind(-1)
-        return Fidelity(dot / (x2 * y2).sqrt(), error / size, (square / self.seen).sqrt())
+        return {
+            "cos_sim": dot / (x2 * y2).sqrt(),
+            "relative_l1": error / size,
+            "rmse": (square / self.seen).sqrt(),
+        }
 
-    def compute(self) -> dict[str, Fidelity]:
-        """The mean and the worst over what was seen."""
-        each = self.cells()
+    def compute(self) -> dict[str, Tensor]:
+        """Each measure's mean over what was seen, and as `worst_` its worst."""
         there = self.seen > 0
         if not there.any():
             raise UserError("no attention was seen: compute after update")
-        cos_sim, others = each.cos_sim[there], (each.relative_l1[there], each.rmse[there])
-        return {
-            "mean": Fidelity(*(float(values.mean()) for values in (cos_sim, *others))),
-            "worst": Fidelity(float(cos_sim.min()), *(float(values.max()) for values in others)),
-        }
+        seen = {name: values[there] for name, values in self.cells().items()}
+        worst = {f"worst_{name}": x.min() if name == "cos_sim" else x.max() for name, x in seen.items()}
+        return {name: x.mean() for name, x in seen.items()} | worst
