@@ -40,7 +40,7 @@ def plain(
 def fused(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, feature_map: str
 ) -> Tensor:
-    """By kernels/linear_attention_triton.py or, for tangents, linear_attention_tangent_triton.py.
+    """By kernels/linear_attention_triton.py, for tangents and gradients those of that name beside it.
 
     Raises ValueError for a tangent of weight or bias.
     """
@@ -95,12 +95,12 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        from kernels import linear_attention_triton
+        from kernels import linear_attention_grad_triton
 
-        grads = linear_attention_triton.backward(*ctx.saved_tensors, grad, ctx.feature_map)
-        dtype = grad.dtype
+        is_trained = any(ctx.needs_input_grad[3:5])
+        grads = linear_attention_grad_triton.backward(*ctx.saved_tensors, grad, ctx.feature_map, is_trained)
         add_grad = None if ctx.add_dtype is None else grad.to(ctx.add_dtype)
-        return *(x.to(dtype) for x in grads), add_grad, *(None,) * 5
+        return *(None if x is None else x.to(grad.dtype) for x in grads), add_grad, *(None,) * 5
 
     @staticmethod
     def jvp(ctx: FunctionCtx, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,14 +7,16 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.compiler import CompiledKernel  # noqa: E402 (after the skip)
 
+from kernels import linear_attention_grad_triton as grad  # noqa: E402
 from kernels import linear_attention_tangent_triton as tangent  # noqa: E402
 from kernels import linear_attention_triton as linear  # noqa: E402
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel  # noqa: E402
 
 FOLD = {"D": 128, "ROWS": linear.FOLD_ROWS, "COLUMNS": linear.FOLD_COLUMNS, "PARTS": linear.FOLD_PARTS}
 FP32_POINTERS = {f"{name}_ptr" for name in ("parts", "state", "vectors", "g_vectors", "rows")}
+MODULES = {"tangent": tangent, "grad": grad}
 WALKS = {
-    kind: getattr(tangent if "tangent" in kind else linear, f"{kind}_kernel") for kind in linear.PORTABLE
+    kind: getattr(MODULES.get(kind.rpartition("_")[2], linear), f"{kind}_kernel") for kind in linear.PORTABLE
 }
 # name: kernel, compile-time arguments beside those of its tile
 KERNELS = {

@@ -80,6 +80,14 @@ def test_output_and_gradients(dtype: torch.dtype, size: tuple[int, int, int], fe
         assert (ours.double() - true).norm() <= allowed(naively, true, size, dtype), name
 
 
+def test_a_projection_that_is_not_trained_gets_no_gradient() -> None:
+    tensors = draw((65, 63, 64), BF16)
+    wanted = differentiate(fused, tensors, "softmax")[1:4]
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    got = torch.autograd.grad(fused(*leaves, *tensors[3:6], "softmax"), leaves, tensors[6])
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
 def draw_tangents(tensors: list[Tensor]) -> list[Tensor]:
     """Tangents of q, k, v and add."""
     return [torch.randn_like(tensors[place]) for place in DUAL]
