@@ -1,19 +1,20 @@
 """A network on prompts before and after it is quantised: what its layers read, and how far its latents go."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from turbodiffusion.checkpoints import Report, load_network, load_text_encoder, load_vae, locate
 from turbodiffusion.checkpoints.loading import known_variant
-from turbodiffusion.checkpoints.quantised import LINEARS, dequantise, quantise_tiles
+from turbodiffusion.checkpoints.quantised import LINEARS, EightBits, dequantise
 from turbodiffusion.checkpoints.smoothing import Smoothing
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
@@ -23,44 +24,69 @@ from turbodiffusion.pipelines.request import pick_device, pick_dtype
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.small_world.captions import held_out_prompts
 
-# sums by layer, and the hooks to remove
-Watched = tuple[dict[str, Tensor], list[RemovableHandle]]
+# layers that read the same: all but o and cross_attn.q of an attention, and a picture's beside a text's
+_READERS = re.compile(r"(self_attn|cross_attn(?=\.[kv]))\.([qkv])(_img|)$")
+Sums = TypeVar("Sums")
+# of the small world, unless there are others
+PROMPTS = 16
+# by layer, and the hooks to remove
+Watched = tuple[dict[str, Sums], list[RemovableHandle]]
 
 
-def watch_outputs(network: WanModel, layers: list[str], scheme: str) -> Watched:
+def watch_outputs(network: WanModel, eight: Mapping[str, EightBits]) -> Watched[Tensor]:
     """Powers (2,) of each layer's outputs and of their errors in 8 bits, which grow as the network runs."""
 
-    def add(powers: Tensor, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-        (x,) = inputs
-        # in 8 bits anew at each call: a copy for every layer would be another network
-        if scheme in LINEARS:
-            off = LINEARS[scheme].from_linear(layer)(x) - output
-        else:
-            off = F.linear(x, (dequantise(*quantise_tiles(layer.weight)) - layer.weight).to(x.dtype))
+    def add(name: str, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        # made anew at each call: a copy for every layer would be another network
+        off = in_eight_bits(layer, eight[name])(inputs[0]) - output
         for i, part in enumerate((output, off)):
-            powers[i] += torch.linalg.vector_norm(part, dtype=torch.float32).square()
+            powers[name][i] += torch.linalg.vector_norm(part, dtype=torch.float32).square()
 
-    return _watch(network, layers, add, lambda _: torch.zeros(2, dtype=torch.float64))
-
-
-def watch_inputs(network: WanModel, layers: list[str]) -> Watched:
-    """The largest number (in,) of each channel that a layer reads, which grow as the network runs."""
-
-    def add(largest: Tensor, _: nn.Linear, inputs: tuple[Tensor], __: Tensor) -> None:
-        torch.maximum(largest, inputs[0].flatten(0, -2).abs().amax(0).float(), out=largest)
-
-    return _watch(network, layers, add, lambda layer: torch.zeros(layer.in_features))
+    device = network.patch_embedding.weight.device
+    powers = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in eight}
+    hooks = [network.get_submodule(name).register_forward_hook(partial(add, name)) for name in eight]
+    return powers, hooks
 
 
-def _watch(
-    network: WanModel, layers: list[str], add: Callable[..., None], start: Callable[[nn.Linear], Tensor]
-) -> Watched:
-    sums, hooks = {}, []
-    for layer in layers:
-        module = network.get_submodule(layer)
-        sums[layer] = start(module).to(module.weight.device)
-        hooks.append(module.register_forward_hook(partial(add, sums[layer])))
-    return sums, hooks
+def in_eight_bits(layer: nn.Linear, eight: EightBits) -> nn.Module:
+    """A linear layer as it runs from a file with these 8 bits, which tiles do in floats."""
+    numbers, scale = (part.to(layer.weight.device) for part in eight.quantise(layer.weight.detach()))
+    if eight.scheme in LINEARS:
+        return LINEARS[eight.scheme](numbers, scale, layer.bias)
+    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    plain.weight, plain.bias = nn.Parameter(dequantise(numbers, scale).to(layer.weight.dtype)), layer.bias
+    return plain
+
+
+class Inputs:
+    """Of what a layer reads: each channel's largest number (in,), and sums over tokens (in, in) of products.
+
+    products: whether to have these, which take more memory than the weights.
+    """
+
+    def __init__(self, layer: nn.Linear, *, products: bool):
+        width, device = layer.in_features, layer.weight.device
+        self.largest = torch.zeros(width, device=device)
+        self.products = torch.zeros(width, width, device=device) if products else None
+
+    def add(self, _: nn.Linear, inputs: tuple[Tensor], __: Tensor) -> None:
+        """As a hook of the layer."""
+        x = inputs[0].flatten(0, -2).float()
+        torch.maximum(self.largest, x.abs().amax(0), out=self.largest)
+        if self.products is not None:
+            self.products.addmm_(x.mT, x)
+
+
+def watch_inputs(network: WanModel, layers: list[str], *, products: bool = False) -> Watched[Inputs]:
+    """What each of the layers reads while the network runs; the same object for those that read the same."""
+    seen: dict[str, Inputs] = {}
+    hooks = []
+    for name in layers:
+        layer, read = network.get_submodule(name), _READERS.sub(r"\1\3", name)
+        if read not in seen:
+            seen[read] = Inputs(layer, products=products)
+            hooks.append(layer.register_forward_hook(seen[read].add))
+    return {name: seen[_READERS.sub(r"\1\3", name)] for name in layers}, hooks
 
 
 class Comparison:
@@ -96,22 +122,24 @@ class Comparison:
         """The original; loaded when it first runs."""
         return Models(network=self._load(self.report.path).network, **self._encoders())
 
-    def run_inputs(self) -> dict[str, Tensor]:
-        """Largest numbers of what each layer of the original reads, by channel."""
+    def run_inputs(self, *, products: bool) -> dict[str, Inputs]:
+        """What the original's layers read."""
         if not self.prompts:
-            raise UserError("smooth= needs to know what layers read: pass prompts=FILE.txt, a line each")
-        return self._run(watch_inputs)
+            raise UserError(
+                "smooth= and gptq= need to know what layers read: pass prompts=FILE.txt, a line each"
+            )
+        return self._run(partial(watch_inputs, layers=list(self.report.linear), products=products))
 
     def smooth(self, smoothing: Smoothing) -> None:
         """Change the original's network as the new file's tensors are, which computes what it did."""
         for name, tensor in self.models.network.state_dict().items():
             tensor.copy_(smoothing(name, tensor))
 
-    def run_outputs(self, scheme: str) -> dict[str, float]:
+    def run_outputs(self, eight: Mapping[str, EightBits]) -> dict[str, float]:
         """Decibels of each layer's outputs in 8 bits; none without prompts.  Lets go of the original."""
         if not self.prompts:
             return {}
-        powers = self._run(partial(watch_outputs, scheme=scheme))
+        powers = self._run(partial(watch_outputs, eight=eight))
         self.models.network.to("meta")
         return {layer: 10 * math.log10(signal / error) for layer, (signal, error) in powers.items()}
 
@@ -129,9 +157,9 @@ class Comparison:
             f"original's: relative error {share:.2e}, PSNR {peak:.1f} dB"
         )
 
-    def _run(self, watch: Callable[[WanModel, list[str]], Watched]) -> dict[str, Tensor]:
+    def _run(self, watch: Callable[[WanModel], Watched[Sums]]) -> dict[str, Sums]:
         """What was watched while the original ran; its latents are kept."""
-        watched, hooks = watch(self.models.network, list(self.report.linear))
+        watched, hooks = watch(self.models.network)
         latents = self._latents(self.models)
         self.truth = latents if self.truth is None else self.truth
         for hook in hooks:
@@ -150,5 +178,5 @@ class Comparison:
 
 def _read_prompts(said: str, report: Report) -> list[str]:
     if said == "auto" and report.variant == "wan_tiny":
-        return [prompt.text for prompt in held_out_prompts(4)]
+        return [prompt.text for prompt in held_out_prompts(PROMPTS, "train")]
     return [] if said in ("auto", "none") else [item.prompt for item in read_items(Path(said).expanduser())]

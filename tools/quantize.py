@@ -17,6 +17,7 @@ a time; a .pth needs one copy.
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -30,11 +31,13 @@ from rich.table import Table
 from tools.calibration import Comparison
 from tools.convert import unsaid, write_shown
 from tools.options import MISSING, parse
-from turbodiffusion.checkpoints.detect import open_kind
+from tools.rounding import once
+from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.export import prepare
 from turbodiffusion.checkpoints.keys import take_number
 from turbodiffusion.checkpoints.quantised import FP8, INT8, TILES, EightBits
 from turbodiffusion.checkpoints.smoothing import Smoothing
+from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
@@ -54,7 +57,8 @@ class Options:
     src: str = MISSING
     dst: str = MISSING
     format: Format = Format.int8
-    smooth: float | None = None
+    smooth: float = 0.0
+    gptq: bool = False
     budget: float = 0.0
     keep: str = ""
     prompts: str = "auto"
@@ -74,8 +78,12 @@ def quantize(options: Options, console: Console) -> None:
         raise UserError(f"format={options.format.name} writes a {suffix} file; got {dst}")
     if dst.exists() and not options.overwrite:
         raise UserError(f"{dst} exists; pass overwrite=true to replace it, or another dst=")
-    if options.smooth is not None and not 0 <= options.smooth <= 1:
-        raise UserError(f"smooth={options.smooth}: take 0.5, or any strength from 0 to 1")
+    if not 0 <= options.smooth <= 1:
+        raise UserError(
+            f"smooth={options.smooth}: take 0.5, or any strength up to 1; 0 leaves channels alone"
+        )
+    if options.gptq and scheme == TILES:
+        raise UserError("gptq=true is for format=int8 and format=fp8; the published form has a formula")
     checkpoint = open_kind(options.src, "network", variant=options.variant, ema=options.ema)
     report = checkpoint.report
     if scheme in report.quantised.values():
@@ -83,16 +91,10 @@ def quantize(options: Options, console: Console) -> None:
     kept = kept_by_name(options.keep, list(report.linear))
     same = {name: getattr(options, name) for name in ("prompts", "steps", "device", "dtype", "ema")}
     comparison = Comparison(report, **same)
-    floats, smoothed = checkpoint.floats(torch.float32), lambda entries: entries
-    if options.smooth is not None:
-        smoothing = Smoothing(report.config, floats, comparison.run_inputs(), options.smooth)
-        comparison.smooth(smoothing)
-        smoothed = smoothing.entries
-    floats = smoothed(floats)
-    eight = {layer: EightBits(layer, floats[f"{layer}.weight"], scheme) for layer in report.linear}
+    eight, changed = in_eight_bits(checkpoint, comparison, options, scheme)
     bar = track(eight.items(), "measuring", console=Console(stderr=True), transient=True)
     measured = {layer: weight.decibels() for layer, weight in bar}
-    outputs = comparison.run_outputs(scheme)
+    outputs = comparison.run_outputs(eight)
     worse = {layer: min(quality, outputs.get(layer, math.inf)) for layer, quality in measured.items()}
     kept |= {layer for layer, quality in worse.items() if quality < options.budget}
     chosen = [layer for layer in measured if layer not in kept]
@@ -100,9 +102,9 @@ def quantize(options: Options, console: Console) -> None:
     if not chosen:
         raise UserError("every layer would stay as it is; lower budget= or shorten keep=")
     deed = {"quantised": report.path.name, "from": report.format, "quant": scheme, "kept": sorted(kept)}
-    deed |= {} if options.smooth is None else {"smooth": options.smooth}
+    deed |= {name: value for name in ("smooth", "gptq") if (value := getattr(options, name))}
     entries, metadata = prepare(checkpoint, None, deed)
-    entries = smoothed(entries)
+    entries = changed(entries)
     for layer in chosen:
         del entries[f"{layer}.weight"]
         entries |= eight[layer].entries()
@@ -112,6 +114,30 @@ def quantize(options: Options, console: Console) -> None:
     console.print(line, soft_wrap=True)
     if comparison.prompts:
         console.print(comparison.run_new(dst), soft_wrap=True)
+
+
+def in_eight_bits(
+    checkpoint: Checkpoint, comparison: Comparison, options: Options, scheme: str
+) -> tuple[dict[str, EightBits], Callable[[Entries], Entries]]:
+    """The linear layers in 8 bits, as the options say, and how the network's tensors change beside them."""
+    layers, floats = checkpoint.report.linear, checkpoint.floats(torch.float32)
+    inputs, changed, by, quantise = {}, dict, {}, {}
+    if options.smooth or options.gptq:
+        inputs = comparison.run_inputs(products=options.gptq)
+    if options.smooth:
+        largest = {layer: read.largest for layer, read in inputs.items()}
+        smoothing = Smoothing(checkpoint.report.config, floats, largest, options.smooth)
+        comparison.smooth(smoothing)
+        changed, by = smoothing.entries, smoothing.columns
+        floats = changed(floats)
+    if options.gptq:
+        quantise = {
+            layer: once(inputs[layer].products, by.get(f"{layer}.weight"), scheme) for layer in layers
+        }
+    eight = {
+        layer: EightBits(layer, floats[f"{layer}.weight"], scheme, quantise.get(layer)) for layer in layers
+    }
+    return eight, changed
 
 
 def kept_by_name(names: str, layers: list[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """The command that puts checkpoints in 8 bits, run as its users run it."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from tools import convert, inspect, quantize
 from tools.calibration import watch_inputs, watch_outputs
 from turbodiffusion.checkpoints import detect, load_network, save
-from turbodiffusion.checkpoints.quantised import FP8, INT8, TILES
+from turbodiffusion.checkpoints.quantised import FP8, INT8, TILES, EightBits
+from turbodiffusion.checkpoints.sources import Entry
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import variants
 
@@ -115,7 +117,7 @@ def test_converting_undoes_eight_bits(quant: str, network: WanModel, run: Run) -
 
 def test_the_small_worlds_model_is_nearly_what_it_was(run: Run, tmp_path: Path) -> None:
     dst = tmp_path / "b.safetensors"
-    code, said = run(quantize, f"src={SMALL_WORLD}", f"dst={dst}", "steps=2", "device=cpu", "budget=33")
+    code, said = run(quantize, f"src={SMALL_WORLD}", f"dst={dst}", "steps=1", "device=cpu", "budget=33")
     assert code == 0, said
     # no weight is below 36 dB, but what comes out of a GELU has long tails, which end a token's step
     assert detect(dst).metadata.history[-1]["kept"] == [f"blocks.{block}.ffn.2" for block in range(4)]
@@ -126,11 +128,21 @@ def test_the_small_worlds_model_is_nearly_what_it_was(run: Run, tmp_path: Path) 
     assert float(found[2]) > -20 * torch.tensor(0.19).log10()
 
 
-def test_smoothing_changes_nothing_but_what_eight_bits_cost(run: Run, tmp_path: Path) -> None:
-    same = (f"src={SMALL_WORLD}", "steps=1", "device=cpu", "smooth=0.5")
+@pytest.fixture
+def small_world(tmp_path: Path) -> tuple[str, ...]:
+    """Words for a step of the small world's network on two prompts."""
+    (tmp_path / "two.txt").write_text("an octopus drifts left across a teal background\na cat\n")
+    return f"src={SMALL_WORLD}", "steps=1", "device=cpu", f"prompts={tmp_path / 'two.txt'}"
+
+
+def test_smoothing_changes_nothing_but_what_eight_bits_cost(
+    small_world: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
     # one layer in 8 bits: the rest shows that the network is what it was
     names = [layer for layer in LAYERS if layer != "self_attn.q"] + ["blocks.1", "blocks.2", "blocks.3"]
-    code, said = run(quantize, *same, f"dst={tmp_path / 'a.safetensors'}", f"keep=[{','.join(names)}]")
+    code, said = run(
+        quantize, *small_world, "smooth=0.5", f"dst={tmp_path / 'a.safetensors'}", f"keep=[{','.join(names)}]"
+    )
     assert code == 0, said
     assert "1 of 40 linear layers" in said
     assert detect(tmp_path / "a.safetensors").metadata.history[-1]["smooth"] == 0.5
@@ -140,12 +152,33 @@ def test_smoothing_changes_nothing_but_what_eight_bits_cost(run: Run, tmp_path: 
     assert 1e-5 < float(re.search(r"relative error ([\de.-]+)", said)[1]) < 1.2e-2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+def test_joint_rounding_leaves_less_of_every_layers_error(
+    quant: str, small_world: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    outputs = {}
+    for gptq in (False, True):
+        dst = tmp_path / f"{gptq}.safetensors"
+        code, said = run(quantize, *small_world, f"dst={dst}", f"format={quant}", f"gptq={gptq}")
+        assert code == 0, said
+        found = {layer: re.search(rf" {layer} .*│\s+([\d.]+)\s+[\d.]+ │\s+0 ", said) for layer in LAYERS}
+        outputs[gptq] = {layer: float(row[1]) for layer, row in found.items()}
+    assert detect(dst).metadata.history[-1]["gptq"]
+    assert set(detect(dst).quantised.values()) == {quant}
+    # an error's power is half the weights', of which at most a half is left; half a decibel is for the halves
+    assert all(
+        outputs[True][layer] > outputs[False][layer] + 10 * math.log10(4 / 3) - 0.5 for layer in LAYERS
+    )
+
+
 @pytest.mark.parametrize("scheme", [INT8, FP8, TILES])
 @torch.no_grad()
 def test_errors_of_outputs_are_those_of_the_layers_own_inputs(scheme: str, network: WanModel) -> None:
     layer, seen = network.blocks[1].self_attn.q, []
     layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-    watched, _ = watch_outputs(network, ["blocks.1.self_attn.q"], scheme)
+    eight = EightBits("blocks.1.self_attn.q", Entry.of(layer.weight), scheme)
+    watched, _ = watch_outputs(network, {"blocks.1.self_attn.q": eight})
     powers = watched["blocks.1.self_attn.q"]
     for time in (300.0, 900.0):
         network(torch.randn(1, 16, 2, 4, 4), torch.tensor([time]), torch.randn(1, 3, 4096))
@@ -170,15 +203,35 @@ def test_errors_of_outputs_are_those_of_the_layers_own_inputs(scheme: str, netwo
 
 
 @torch.no_grad()
-def test_the_largest_of_each_channel_is_kept_of_all_that_a_layer_reads(network: WanModel) -> None:
-    watched, hooks = watch_inputs(network, ["blocks.0.ffn.2"])
+def test_all_that_a_layer_reads_is_seen(network: WanModel) -> None:
+    watched, hooks = watch_inputs(network, ["blocks.0.ffn.2"], products=True)
     seen = []
     network.blocks[0].ffn[2].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     for time in (300.0, 900.0):
         network(torch.randn(2, 16, 2, 4, 4), torch.tensor([time, time]), torch.randn(2, 3, 4096))
     hooks[0].remove()
     network(100 * torch.randn(1, 16, 2, 4, 4), torch.tensor([time]), torch.randn(1, 3, 4096))
-    assert torch.equal(watched["blocks.0.ffn.2"], torch.cat(seen[:2]).flatten(0, 1).abs().amax(0))
+    x = torch.cat(seen[:2]).flatten(0, 1)
+    assert torch.equal(watched["blocks.0.ffn.2"].largest, x.abs().amax(0))
+    # of 32 products in another order
+    torch.testing.assert_close(watched["blocks.0.ffn.2"].products, x.mT @ x, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_that_read_the_same_are_seen_once_and_no_others(network: WanModel) -> None:
+    names = [f"blocks.0.{layer}" for layer in sorted(LAYERS)]
+    seen: dict[str, torch.Tensor] = {}
+    for name in names:
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: inputs[0]})
+        )
+    network(torch.randn(1, 16, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 3, 4096))
+    watched, hooks = watch_inputs(network, names)
+    for one in names:
+        for other in names:
+            is_same = seen[one].shape == seen[other].shape and torch.equal(seen[one], seen[other])
+            assert (watched[one] is watched[other]) == is_same
+    assert len(hooks) == 7
 
 
 def in_rows(*matrices: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -196,8 +249,9 @@ def in_rows(*matrices: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         ([f"src={ROOT / 'assets' / 'vae_tiny.safetensors'}"], "holds vae weights; wanted network weights"),
         (["src=int8.safetensors"], "is quantised in this way already"),
         (["budget=200"], "every layer would stay as it is"),
-        (["smooth=2"], "smooth=2.0: take 0.5, or any strength from 0 to 1"),
-        (["smooth=0.5"], "smooth= needs to know what layers read: pass prompts=FILE.txt"),
+        (["smooth=2"], "smooth=2.0: take 0.5, or any strength up to 1"),
+        (["smooth=0.5"], "smooth= and gptq= need to know what layers read: pass prompts=FILE.txt"),
+        (["gptq=true", "format=turbodiffusion", "dst=b.pth"], "gptq=true is for format=int8 and format=fp8"),
         (["budget=low"], "budget=low is not understood"),
         (["keep=ffn.1"], "keep=ffn.1 is no layer of this network: name blocks, such as blocks.0, or"),
         (["src=nan.safetensors"], "blocks.1.ffn.2 holds NaN or infinities"),

@@ -7,7 +7,7 @@ as int8 `X.weight` with `X.weight_scale_inv`.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from turbodiffusion.checkpoints.keys import is_projection
 from turbodiffusion.checkpoints.sources import Entries, Entry
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.int8 import LINEARS
+
+Quantise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 TILE = 128
 NONE, INT8, FP8, TILES = "none", *LINEARS, "tiles"
@@ -110,11 +112,15 @@ def quantised(floats: Entries, layers: Collection[str], scheme: str) -> Entries:
 
 
 class EightBits:
-    """A layer's weight in a scheme of 8 bits: its numbers made anew whenever asked for, its scales once."""
+    """A layer's weight in a scheme of 8 bits: its numbers made anew whenever asked for, its scales once.
 
-    def __init__(self, layer: str, weight: Entry, scheme: str):
-        self.layer, self.weight = layer, weight
-        self.leaf, self.dtype, self.quantise = _SCHEMES[scheme]
+    quantise: weight (out, in) -> numbers and scales, otherwise to the nearest.
+    """
+
+    def __init__(self, layer: str, weight: Entry, scheme: str, quantise: Quantise | None = None):
+        self.layer, self.weight, self.scheme = layer, weight, scheme
+        self.leaf, self.dtype, nearest = _SCHEMES[scheme]
+        self.quantise = quantise or nearest
         rows, columns = weight.shape
         self.grid = (rows,) if scheme in LINEARS else (math.ceil(rows / TILE), math.ceil(columns / TILE))
         self._scale: Tensor | None = None
