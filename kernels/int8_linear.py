@@ -48,9 +48,9 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"got numbers of shape {tuple(x.shape)} to quantise, wanted (rows, columns)")
     if not _runs_in_triton(x):
         return reference_int8.quantise_rows(x)
-    from kernels import int8_linear_triton as kernels
+    from kernels import rows_triton
 
-    return kernels.quantise_rows(x)
+    return rows_triton.quantise_rows(x)
 
 
 def int8_product(
@@ -213,8 +213,9 @@ class Trial:
     def share(self, form: NamedTuple) -> float:
         """Error of a form of the kernels, as a share of what is allowed it."""
         from kernels import int8_linear_triton as kernels
+        from kernels import rows_triton
 
         with poisoned():
-            tokens = kernels.quantise_rows(self.x)
+            tokens = rows_triton.quantise_rows(self.x)
             y = kernels.product(*tokens, *self.layer, dtype=self.x.dtype, finish=self.finish, form=form)
         return error_share(y, self.truth, ALLOWED)

@@ -1,4 +1,4 @@
-"""Triton kernels of kernels/int8_linear.py: rows to int8, and products of int8 matrices with their steps."""
+"""Triton kernels of kernels/int8_linear.py: products of int8 matrices with their steps."""
 
 from typing import Literal, NamedTuple
 
@@ -7,16 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
 from kernels.tiles import HAS_GLUON, LOG2E, allow_descriptors
 
-TINY = tl.constexpr(reference.TINY)
-# added to a number below 2^22, it leaves that, rounded to the nearest even, in the lowest bits
-MAGIC = tl.constexpr(12582912.0)
 # twice sqrt(2 / pi), of tanh's GELU, as a power of 2
 GELU_SLOPE = tl.constexpr(-1.5957691216057308 * LOG2E.value)
-# numbers that a program of quantise_kernel holds: 64 a thread
-HELD = 8192
 # rows of tiles that are computed together, so that they share what they read of the weights
 GROUP = 8
 # descriptors take rows of a multiple of so many bytes
@@ -76,23 +70,6 @@ def takes_descriptors(x: Tensor, weight: Tensor, dtype: torch.dtype, add: Tensor
     sizes = (x.shape[1], 2 * weight.shape[0] // parts)
     starts = (t.data_ptr() for t in (x, weight, add) if t is not None)
     return dtype.itemsize == 2 and not any(size % ALIGNMENT for size in (*sizes, *starts))
-
-
-@triton.jit(do_not_specialize=("M",))
-def quantise_kernel(x_ptr, y_ptr, step_ptr, M, K, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of x (M, K), whole ones, K <= WIDTH, in steps of the 127th of their largest number."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)[None, :]
-    mask = (row < M)[:, None] & (column < K)
-    off = row[:, None] * K + column
-    x = tl.load(x_ptr + off, mask=mask, other=0.0).to(tl.float32)  # [ROWS, WIDTH]
-    # compared as integers: of floats, the maximum may lose a NaN
-    largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    step = tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL) * (1 / 127)
-    y = x * tl.math.div_rn(tl.full([ROWS], 1.0, tl.float32), step)[:, None] + MAGIC
-    tl.store(y_ptr + off, y.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
-    tl.store(step_ptr + row, step, mask=row < M)
 
 
 @triton.jit
@@ -207,19 +184,6 @@ def product_kernel(
             _store(y_tiles, y, above + row, column, above + M, N, ROWS, WIDTH, TMA)
 
 
-def quantise_options(K: int) -> dict[str, int | bool]:
-    """The compile-time arguments and launch options of quantise_kernel for rows of K."""
-    width = triton.next_power_of_2(K)
-    rows = max(1, HELD // width)
-    # a product and a sum in one rounding would not be the twin's
-    return {
-        "WIDTH": width,
-        "ROWS": rows,
-        "num_warps": max(1, min(8, rows * width // 2048)),
-        "enable_fp_fusion": False,
-    }
-
-
 def product_options(form: Form, finish: Finish) -> dict[str, int | bool]:
     """The compile-time arguments and launch options of product_kernel."""
     return {
@@ -236,17 +200,6 @@ def product_options(form: Form, finish: Finish) -> dict[str, int | bool]:
         "num_stages": form.stages,
         "enable_fp_fusion": False,
     }
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> int8 (M, K), steps (M,) fp32."""
-    x = x.contiguous()
-    y = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    step = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    launch = quantise_options(x.shape[1])
-    with torch.cuda.device_of(x):
-        quantise_kernel[(triton.cdiv(x.shape[0], launch["ROWS"]),)](x, y, step, *x.shape, **launch)
-    return y, step
 
 
 def product(

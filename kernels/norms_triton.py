@@ -1,8 +1,4 @@
-"""Triton kernels of kernels/norms.py: one row at a time, whole in registers, read once and written once.
-
-A row is a tuple of tiles [CHUNK] side by side, so that widths of a few times a power of two, as Wan's are,
-leave no thread idle.  What rows share is read again for each, as it stays in a multiprocessor's own cache.
-"""
+"""Triton kernels of kernels/norms.py, by rows as kernels/rows_triton.py has them."""
 
 import torch
 import triton
@@ -11,46 +7,9 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from kernels import reference_norms
-from kernels.int8_linear_triton import MAGIC, TINY
+from kernels.rows_triton import SPAN, load_row, load_tile, options, step_of, store_counts, store_tile
 
 EPS = tl.constexpr(reference_norms.EPS)
-# rows of a program, one after another: of more, there are too few programs to share out
-SPAN = 4
-# columns a warp holds: longer rows have 2, 4 or 8 warps
-HELD = 2048
-# columns of a tile: most, and fewest of one that only divides the width
-LARGEST, SMALLEST = 1024, 256
-
-
-def options(K: int) -> dict[str, int]:
-    """The compile-time arguments and launch options of every kernel, for rows of K."""
-    divisor = min(LARGEST, K & -K)
-    chunk = divisor if divisor >= SMALLEST else min(LARGEST, triton.next_power_of_2(K))
-    warps = min(8, triton.next_power_of_2(triton.cdiv(K, HELD)))
-    return {"K": K, "CHUNK": chunk, "SPAN": SPAN, "num_warps": warps}
-
-
-@triton.jit
-def _load(ptr, i, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Tile i of a row, zeros beyond its end."""
-    column = i * CHUNK + tl.arange(0, CHUNK)
-    tile = tl.load(ptr + column) if K % CHUNK == 0 else tl.load(ptr + column, mask=column < K, other=0.0)
-    return tile.to(tl.float32)  # [CHUNK]
-
-
-@triton.jit
-def _load_row(ptr, K: tl.constexpr, CHUNK: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range((K + CHUNK - 1) // CHUNK):
-        tiles += (_load(ptr, i, K, CHUNK),)
-    return tiles
-
-
-@triton.jit
-def _store(ptr, tile, i, K: tl.constexpr, CHUNK: tl.constexpr):
-    """The opposite of _load, rounded to what ptr points to."""
-    column = i * CHUNK + tl.arange(0, CHUNK)
-    tl.store(ptr + column, tile.to(ptr.dtype.element_ty), mask=None if K % CHUNK == 0 else column < K)
 
 
 @triton.jit
@@ -77,17 +36,6 @@ def _centred(tiles, K: tl.constexpr, CHUNK: tl.constexpr):
     return centred
 
 
-@triton.jit
-def _step(tiles):
-    """The 127th of a row's largest number, NaN if any is, as in quantise_kernel."""
-    largest = tl.abs(tiles[0])
-    for i in tl.static_range(1, len(tiles)):
-        largest = tl.maximum(largest, tl.abs(tiles[i]), propagate_nan=tl.PropagateNan.ALL)
-    # compared as integers: of floats, this maximum may lose a NaN
-    largest = tl.max(largest.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
-    return tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL) * (1 / 127)
-
-
 @triton.jit(do_not_specialize=("L",))
 def modulate_kernel(
     x_ptr, shift_ptr, scale_ptr, step_ptr, y_ptr, L,
@@ -102,20 +50,20 @@ def modulate_kernel(
     for token in range(first, tl.minimum(first + SPAN, L)):
         row = sample * L + token
         place = (row if PER_TOKEN else sample) * K
-        x = _centred(_load_row(x_ptr + row * K, K, CHUNK), K, CHUNK)
+        x = _centred(load_row(x_ptr + row * K, K, CHUNK), K, CHUNK)
         inverse = _inverse_rms(x, K)
         y = ()
         for i in tl.static_range(len(x)):
-            scale = _load(scale_ptr + place, i, K, CHUNK)
-            shift = _load(shift_ptr + place, i, K, CHUNK)
+            scale = load_tile(scale_ptr + place, i, K, CHUNK)
+            shift = load_tile(shift_ptr + place, i, K, CHUNK)
             y += (x[i] * inverse * (1 + scale) + shift,)
         if step_ptr is not None:
-            step = _step(y)
+            step = step_of(y)
             tl.store(step_ptr + row, step)
-            inverse = tl.math.div_rn(1.0, step)
-        for i in tl.static_range(len(y)):
-            out = y[i] if step_ptr is None else (y[i] * inverse + MAGIC).to(tl.int32, bitcast=True)
-            _store(y_ptr + row * K, out, i, K, CHUNK)
+            store_counts(y_ptr + row * K, y, step, K, CHUNK)
+        else:
+            for i in tl.static_range(len(y)):
+                store_tile(y_ptr + row * K, y[i], i, K, CHUNK)
 
 
 @triton.jit(do_not_specialize=("L",))
@@ -128,7 +76,7 @@ def rotate_kernel(
     first = tl.program_id(0) * SPAN
     for token in range(first, tl.minimum(first + SPAN, L)):
         row = sample * L + token
-        x = _load_row(x_ptr + row * K, K, CHUNK)
+        x = load_row(x_ptr + row * K, K, CHUNK)
         inverse = _inverse_rms(x, K)
         table = tl.cast(token, tl.int64) * (D // 2)
         for i in tl.static_range(len(x)):
@@ -137,10 +85,10 @@ def rotate_kernel(
                 pair = (i * (CHUNK // 2) + tl.arange(0, CHUNK // 2)) % (D // 2)
                 cos = tl.load(cos_ptr + table + pair)
                 sin = tl.load(sin_ptr + table + pair)
-            y = x[i] * inverse * _load(weight_ptr, i, K, CHUNK)
+            y = x[i] * inverse * load_tile(weight_ptr, i, K, CHUNK)
             a, b = tl.split(tl.reshape(y, [CHUNK // 2, 2]))
             y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [CHUNK])
-            _store(y_ptr + row * K, y, i, K, CHUNK)
+            store_tile(y_ptr + row * K, y, i, K, CHUNK)
 
 
 @triton.jit(do_not_specialize=("L",))
@@ -154,10 +102,10 @@ def add_kernel(
     for token in range(first, tl.minimum(first + SPAN, L)):
         row = sample * L + token
         place = (row if PER_TOKEN else sample) * K
-        x = _load_row(x_ptr + row * K, K, CHUNK)
-        y = _load_row(y_ptr + row * K, K, CHUNK)
+        x = load_row(x_ptr + row * K, K, CHUNK)
+        y = load_row(y_ptr + row * K, K, CHUNK)
         for i in tl.static_range(len(x)):
-            _store(out_ptr + row * K, x[i] + _load(gate_ptr + place, i, K, CHUNK) * y[i], i, K, CHUNK)
+            store_tile(out_ptr + row * K, x[i] + load_tile(gate_ptr + place, i, K, CHUNK) * y[i], i, K, CHUNK)
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

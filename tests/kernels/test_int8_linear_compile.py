@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.compiler import CompiledKernel
 
 from kernels import int8_linear_triton as int8
+from kernels import rows_triton
 from kernels.int8_linear_triton import Finish
 from kernels.tiles import HAS_GLUON
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel
@@ -80,11 +81,11 @@ def test_hopper_kernel_keeps_products_in_flight(finish: str, columns: int) -> No
     assert ("prefetch.global.L2" in kernel.asm["ptx"]) == FINISHES[finish].add
 
 
-@pytest.mark.parametrize("width", [1536, 5120, 13824])
+@pytest.mark.parametrize("width", [1536, 5120, 8960, 13824])
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_quantisation_reads_vectors(capability: int, width: int) -> None:
     types = {"x_ptr": "*bf16", "y_ptr": "*i8", "step_ptr": "*fp32"}
-    options = int8.quantise_options(width)
-    kernel = compile_kernel(int8.quantise_kernel, types, options, capability, ("K",))
+    options = rows_triton.quantise_options(width)
+    kernel = compile_kernel(rows_triton.quantise_kernel, types, options, capability)
     assert "ld.global.v4" in kernel.asm["ptx"]
     assert "fma" not in kernel.asm["ptx"]

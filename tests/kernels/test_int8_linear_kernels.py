@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import int8_linear_triton as kernels
-from kernels import reference_int8
+from kernels import reference_int8, rows_triton
 from kernels.int8_linear import (
     Trial,
     int8_linear,
@@ -53,7 +53,7 @@ def draw(M: int, K: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 def test_rows_are_quantised_as_by_the_twin(case: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, _, _ = draw(*case, dtype)
     x[-1] = 0
-    for got, wanted in zip(kernels.quantise_rows(x), reference_int8.quantise_rows(x), strict=True):
+    for got, wanted in zip(rows_triton.quantise_rows(x), reference_int8.quantise_rows(x), strict=True):
         assert got.dtype == wanted.dtype
         assert torch.equal(got, wanted)
 
@@ -61,7 +61,7 @@ def test_rows_are_quantised_as_by_the_twin(case: tuple[int, int, int], dtype: to
 def test_halves_are_rounded_to_the_even() -> None:
     # the largest is 127, so steps are 1, or a rounding off
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -3.5, 4.49, 126.51, -127.0]], device=DEVICE)
-    got, step = kernels.quantise_rows(x)
+    got, step = rows_triton.quantise_rows(x)
     assert step.item() == pytest.approx(1, rel=2**-22)
     wanted, _ = reference_int8.quantise_rows(x)
     assert torch.equal(got, wanted)
