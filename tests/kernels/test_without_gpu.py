@@ -10,7 +10,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("block_map", "block_sparse", "linear_attention", "int8_linear", "norms", "pixels", "causal_conv")
+SLOW = (
+    "block_map",
+    "block_sparse",
+    "block_sparse_linear",
+    "linear_attention",
+    "int8_linear",
+    "norms",
+    "pixels",
+    "causal_conv",
+)
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +39,7 @@ def test_cpu_needs_no_triton() -> None:
         "from kernels.block_map import block_map\n"
         "from kernels.block_sparse import sparse_attention\n"
         "from kernels.block_sparse_int8 import sparse_attention_int8\n"
+        "from kernels.block_sparse_linear import sparse_linear_attention\n"
         "from kernels.int8_linear import int8_linear, quantise_rows\n"
         "from kernels.linear_attention import linear_attention\n"
         "from kernels.norms import add_gated\n"
@@ -39,7 +49,9 @@ def test_cpu_needs_no_triton() -> None:
         "index = block_map(q, k, block_q=64, block_k=64, ratio=0.5)\n"
         "for op in (sparse_attention, sparse_attention_int8):\n"
         "    op(q, k, v, index, block_q=64, block_k=64)\n"
-        "linear_attention(q, k, v, 'softmax', torch.eye(64), torch.zeros(64))\n"
+        "projected = ('softmax', torch.eye(64), torch.zeros(64))\n"
+        "linear_attention(q, k, v, *projected)\n"
+        "sparse_linear_attention(q, k, v, index, *projected, block_q=64, block_k=64)\n"
         "int8_linear(q, *quantise_rows(torch.eye(64)))\n"
         "add_gated(q[0], k[0], v[0])\n"
         "enlarge(q.unsqueeze(0))\n"
