@@ -1,6 +1,7 @@
 """What a run found, as results.json holds it and as report.md shows it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.metrics import VideoMetric
@@ -13,23 +14,22 @@ _SHOWN = 20  # missing files that the report lists
 
 
 def summarise(
-    metrics: Mapping[str, VideoMetric], records: Iterable[Record], found: Found, suite: Suite | None
+    metrics: Mapping[str, VideoMetric], records: Sequence[Record], found: Found, suite: Suite | None
 ) -> dict[str, object]:
     """The content of results.json; nothing in it depends on when or on how many processes it was found."""
-    of = {name: [record for record in records if record.dimension == name] for name in metrics}
-    dimensions = {name: _dimension(metric, of[name]) for name, metric in metrics.items()}
+    dimensions = {
+        name: _dimension(metric, [record for record in records if record.dimension == name])
+        for name, metric in metrics.items()
+    }
     raw = {name: each["raw"] for name, each in dimensions.items() if each["raw"] is not None}
     failures = [record for record in records if record.failed is not None]
     is_suite = suite is not None and suite.samples is not None
-    totals = T2V.totals(raw) if is_suite else None
     return {
         "schema": 1,
         "dimensions": dimensions,
-        "totals": None
-        if totals is None
-        else {**totals.groups, "total": totals.total, "partial": totals.partial, "missing": totals.missing},
+        "totals": asdict(T2V.totals(raw)) if is_suite else None,
         "notes": list(_notes(metrics, failures, found, suite)),
-        "failures": _grouped(failures),
+        "failures": [{"video": r.video, "dimension": r.dimension, "reason": r.failed} for r in failures],
         "left_out": found.odd,
         "missing_videos": found.missing,
         "prompts_sha256": None if suite is None else suite.sha256,
@@ -54,15 +54,6 @@ def _dimension(metric: VideoMetric, records: list[Record]) -> dict[str, object]:
         "units": int(metric.units),
         "failed": len(records) - len(scored),
     }
-
-
-def _grouped(failures: list[Record]) -> list[dict[str, object]]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for record in failures:
-        found.setdefault((record.video, record.failed), []).append(record.dimension)
-    return [
-        {"video": video, "reason": reason, "dimensions": names} for (video, reason), names in found.items()
-    ]
 
 
 def _notes(
@@ -91,11 +82,14 @@ def markdown(results: Mapping[str, object], title: str) -> str:
         )
     if (totals := results["totals"]) is not None:
         made += ["", *_totals(totals)]
+    # what keeps a video from being read it says once for every dimension
+    failed = [f"{each['video']} {each['reason'].splitlines()[-1]}" for each in results["failures"]]
+    missing = results["missing_videos"]
     for heading, entries in (
         ("Not comparable with the leaderboard, because", results["notes"]),
-        ("Failed", [f"{each['video']} {each['reason'].splitlines()[-1]}" for each in results["failures"]]),
+        ("Failed", list(dict.fromkeys(failed))),
         ("Left out", [f"{name} {reason}" for name, reason in results["left_out"].items()]),
-        ("Missing", results["missing_videos"][:_SHOWN] + ["..."] * (len(results["missing_videos"]) > _SHOWN)),
+        ("Missing", missing[:_SHOWN] + ["..."] * (len(missing) > _SHOWN)),
     ):
         if entries:
             made += ["", f"## {heading}", "", *(f"- {entry}" for entry in entries)]
@@ -103,11 +97,10 @@ def markdown(results: Mapping[str, object], title: str) -> str:
 
 
 def _totals(totals: Mapping[str, object]) -> Iterator[str]:
-    for group in T2V.weights:
-        if group in totals:
-            yield f"- {group}: {100 * totals[group]:.2f}"
-        elif group in totals["partial"]:
-            yield f"- {group}, of the dimensions that are there alone: {100 * totals['partial'][group]:.2f}"
+    for group, value in totals["groups"].items():
+        yield f"- {group}: {100 * value:.2f}"
+    for group, value in totals["partial"].items():
+        yield f"- {group}, of the dimensions that are there alone: {100 * value:.2f}"
     if totals["total"] is None:
         yield f"- no total: {', '.join(totals['missing'])} missing"
     else:

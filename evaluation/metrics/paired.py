@@ -6,7 +6,6 @@ trajectory is another, and its distance is drift, not quality.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from evaluation.metrics.score import VideoMetric
 from evaluation.records import Score
@@ -34,7 +33,8 @@ class PSNR(VideoMetric):
 class SSIM(VideoMetric):
     """Structural similarity of RGB (DOI 10.1109/TIP.2003.819861), the mean over frames.
 
-    A Gaussian window of 11 x 11 pixels and deviation 1.5, where it lies wholly inside; fp32.
+    A Gaussian window of 11 x 11 pixels and deviation 1.5, where it lies wholly inside; fp64,
+    as variances are small differences of squares.
     """
 
     name = "ssim"
@@ -42,19 +42,25 @@ class SSIM(VideoMetric):
 
     def score(self, footage: Footage) -> Score:
         pairs = zip(footage.pixels, footage.reference, strict=True)
-        return Score(float(torch.stack([_ssim(a, b) for a, b in pairs]).double().mean()))
+        return Score(float(torch.stack([_ssim(a, b) for a, b in pairs]).mean()))
 
 
 def _ssim(one: Tensor, other: Tensor) -> Tensor:
     """Of two frames (H, W, 3) uint8."""
-    if min(one.shape[:2]) < _WINDOW:
-        raise UserError(f"is {tuple(one.shape[:2])}, less than the {_WINDOW} x {_WINDOW} window of ssim")
-    x, y = (frame.movedim(-1, 0)[:, None].float() / 255 for frame in (one, other))
-    offset = torch.arange(_WINDOW, device=x.device) - _WINDOW // 2
-    weight = torch.exp(-0.5 * (offset / 1.5) ** 2)
-    weight = weight / weight.sum()
-    window = (weight[:, None] * weight)[None, None]
-    mx, my, xx, yy, xy = conv2d(torch.cat((x, y, x * x, y * y, x * y)), window).split(3)
+    height, width = one.shape[:2]
+    if min(height, width) < _WINDOW:
+        raise UserError(f"is {height} x {width}, less than the {_WINDOW} x {_WINDOW} window of ssim")
+    x, y = (frame.movedim(-1, 0).double() / 255 for frame in (one, other))
+    down, across = _window(height, x.device).T, _window(width, x.device)
+    mx, my, xx, yy, xy = down @ torch.stack((x, y, x * x, y * y, x * y)) @ across
     c1, c2 = 0.01**2, 0.03**2
     likeness = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
     return (likeness / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))).mean()
+
+
+def _window(length: int, device: torch.device) -> Tensor:
+    """A matrix (length, length - 10), fp64, that blurs: faster than a convolution, and never in TF32."""
+    place = torch.arange(length, dtype=torch.float64, device=device)
+    offset = place[:, None] - place[: length - _WINDOW + 1] - _WINDOW // 2
+    weight = torch.exp(-0.5 * (offset / 1.5) ** 2) * (offset.abs() <= _WINDOW // 2)
+    return weight / weight.sum(dim=0)

@@ -87,8 +87,11 @@ def test_failures_are_shown_and_the_exit_code_tells(
     said = capsys.readouterr()
     assert "1 of 7 videos could not be scored: see" in said.err
     assert "- empty-0.mp4 can not be read as a video" in said.out
-    (failure,) = json.loads((tmp_path / "out" / "results.json").read_text())["failures"]
-    assert failure["dimensions"] == ["temporal_flickering", "psnr"]
+    assert said.out.count("- empty-0.mp4") == 1
+    failures = json.loads((tmp_path / "out" / "results.json").read_text())["failures"]
+    assert [(each["video"], each["dimension"]) for each in failures] == [
+        *(("empty-0.mp4", "temporal_flickering"), ("empty-0.mp4", "psnr"))
+    ]
 
 
 @pytest.mark.parametrize(

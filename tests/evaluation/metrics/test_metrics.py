@@ -91,19 +91,19 @@ def test_psnr_of_identical_frames_is_bounded_and_counted(footage: Make) -> None:
 def test_ssim_agrees_with_torchmetrics(footage: Make) -> None:
     pixels = picture().expand(3, -1, -1, -1)
     noisy = (pixels.int() + torch.randint(-40, 40, pixels.shape)).clamp(0, 255).byte()
-    x, y = (frames.movedim(-1, 1).float() / 255 for frames in (noisy, pixels))
+    x, y = (frames.movedim(-1, 1).double() / 255 for frames in (noisy, pixels))
     _, image = structural_similarity_index_measure(x, y, sigma=1.5, data_range=1.0, return_full_image=True)
     # it mirrors what lies beyond the border; ours looks only at whole windows
     other = image[..., 5:-5, 5:-5].mean()
-    # both fp32: variances of 1e-3 are differences of squares near 1, good to 1e-7 each
-    assert SSIM().score(footage(noisy, pixels)).value == pytest.approx(float(other), abs=1e-4)
+    # both fp64: variances of 1e-3 are differences of squares near 1, good to 1e-16 each
+    assert SSIM().score(footage(noisy, pixels)).value == pytest.approx(float(other), abs=1e-11)
 
 
 def test_ssim_of_constants(footage: Make) -> None:
     one, other = (torch.full((2, 16, 16, 3), value, dtype=torch.uint8) for value in (51, 204))
-    # without structure only the means count: (2 a b + c) / (a^2 + b^2 + c), a = 0.2, b = 0.8; fp32 as above
+    # without structure only the means count: (2 a b + c) / (a^2 + b^2 + c), a = 0.2, b = 0.8; fp64
     exact = (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4)
-    assert SSIM().score(footage(one, other)).value == pytest.approx(exact, abs=1e-3)
+    assert SSIM().score(footage(one, other)).value == pytest.approx(exact, abs=1e-11)
     assert SSIM().score(footage(one, one)).value == 1.0
     with pytest.raises(UserError, match="11 x 11 window"):
         SSIM().score(footage(one[:, :8], other[:, :8]))
