@@ -129,6 +129,7 @@ def backward(
         walk(state_grad_kernel, q, g, rows, parts)
         g_folded, g_state, g_vectors = fold(parts, weight, q.dtype, of_gradients=True)
         Walk(k, "key_grad", feature_map)(key_grad_kernel, k, v, vectors, g_state, g_vectors, gk, gv)
-    g_weight = g_folded.flatten(0, 1).T @ state.flatten(0, 1) if is_trained else None
+    # head by head: one product of all would run on one multiprocessor
+    g_weight = (g_folded.mT @ state).sum(0) if is_trained else None
     g_bias = g.sum((0, 1, 2), dtype=torch.float32) if is_trained else None
     return *(x.transpose(1, 2) for x in (gq, gk, gv)), g_weight, g_bias
