@@ -26,6 +26,7 @@ from kernels import reference
 from kernels.block_map import block_map
 from kernels.block_sparse import sparse_attention
 from kernels.block_sparse_int8 import ALLOWED, sparse_attention_int8
+from kernels.block_sparse_linear import sparse_linear_attention
 from kernels.linear_attention import linear_attention, plain
 from kernels.selftest import error_share, poisoned
 from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
@@ -92,6 +93,8 @@ class Bench:
             "sparse, bf16": Run(partial(sparse_attention, *self.primals, **listed), 4),
             "sparse, 8 bits": Run(partial(sparse_attention_int8, *self.primals, **listed), 4),
             "linear branch": Run(partial(self.linear, *self.primals), tensors=5),
+            "sparse with linear branch, bf16": Run(partial(self.together, int8=False), 4),
+            "sparse with linear branch, 8 bits": Run(partial(self.together, int8=True), 4),
             **self.linear_parts(),
             **self.forms(),
         }
@@ -167,6 +170,11 @@ class Bench:
     def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The linear branch and what the sparse one adds, which is q here."""
         return linear_attention(q, k, v, "softmax", self.proj["weight"], self.proj["bias"], add=q)
+
+    def together(self, int8: bool) -> Tensor:
+        """The operator but for its block map."""
+        projected = ("softmax", self.proj["weight"], self.proj["bias"])
+        return sparse_linear_attention(*self.primals, self.index, *projected, **self.blocks, int8=int8)
 
     def gradients(self, fn: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         """Of q, k and v."""
