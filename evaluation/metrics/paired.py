@@ -52,7 +52,7 @@ def _ssim(one: Tensor, other: Tensor) -> Tensor:
         raise UserError(f"is {height} x {width}, less than the {_WINDOW} x {_WINDOW} window of ssim")
     x, y = (frame.movedim(-1, 0).double() / 255 for frame in (one, other))
     down, across = _window(height, x.device).T, _window(width, x.device)
-    mx, my, xx, yy, xy = down @ torch.stack((x, y, x * x, y * y, x * y)) @ across
+    mx, my, xx, yy, xy = down @ (torch.stack((x, y, x * x, y * y, x * y)) @ across)
     c1, c2 = 0.01**2, 0.03**2
     likeness = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
     return (likeness / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))).mean()
