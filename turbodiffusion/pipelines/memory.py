@@ -124,7 +124,9 @@ def free_memory(device: torch.device) -> Free:
     # what PyTorch holds and does not use is free to this process
     free += backend.memory_reserved(device) - used
     if hasattr(backend, "get_per_process_memory_fraction"):
-        free = min(free, int(backend.get_per_process_memory_fraction(device) * whole) - used)
+        # of a number: it takes no "cuda" for the current one
+        index = backend.current_device() if device.index is None else device.index
+        free = min(free, int(backend.get_per_process_memory_fraction(index) * whole) - used)
     return Free(max(0, free - RUNTIME), host)
 
 
