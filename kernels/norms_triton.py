@@ -10,6 +10,9 @@ from kernels import reference_norms
 from kernels.rows_triton import SPAN, load_row, load_tile, options, step_of, store_counts, store_tile
 
 EPS = tl.constexpr(reference_norms.EPS)
+# side by side in a thread, where rows end in 8 bits.  Left alone, the compiler has 16 to store, and a warp's
+# loads of signals in fp32 take four times as many lines
+COUNTS = 4
 
 
 @triton.jit
@@ -147,6 +150,7 @@ def _launch(
 ) -> Tensor:
     """What a kernel makes of x (B, L, K) and whatever else."""
     (B, L, K), y = x.shape, torch.empty(x.shape, dtype=dtype, device=x.device)
+    constants |= options(K, COUNTS) if dtype == torch.int8 else options(K)
     with torch.cuda.device_of(x):
-        kernel[triton.cdiv(L, SPAN), B](x.contiguous(), *others, y, L, **options(K), **constants)
+        kernel[triton.cdiv(L, SPAN), B](x.contiguous(), *others, y, L, **constants)
     return y

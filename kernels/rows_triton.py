@@ -18,19 +18,15 @@ MAGIC = tl.constexpr(12582912.0)
 SPAN = 4
 # columns a warp holds: longer rows have 2, 4 or 8 warps
 HELD = 2048
-# columns of a tile: most for a few warps, and fewest of one that only divides the width
-LARGEST, SMALLEST = 1024, 256
-# columns that a warp loads or stores at once, 16 bytes a thread
-LOADED = 256
 
 
-def options(K: int) -> dict[str, int]:
-    """The compile-time arguments and launch options of every kernel, for rows of K."""
+def options(K: int, numbers: int = 8) -> dict[str, int]:
+    """The compile-time arguments and launch options of a kernel for rows of K.
+
+    numbers: how many of a tile lie side by side in a thread.  8 are 16 bytes of a row in 16 bits.
+    """
     warps = min(8, triton.next_power_of_2(triton.cdiv(K, HELD)))
-    largest = max(LARGEST, LOADED * warps)
-    divisor = min(largest, K & -K)
-    is_whole = divisor >= max(SMALLEST, LOADED * warps)
-    chunk = divisor if is_whole else min(largest, triton.next_power_of_2(K))
+    chunk = min(32 * warps * numbers, triton.next_power_of_2(K))
     return {"K": K, "CHUNK": chunk, "SPAN": SPAN, "num_warps": warps}
 
 

@@ -25,7 +25,11 @@ def compile_norm(name: str, width: int, capability: int) -> CompiledKernel:
     types = {x: "*fp32" if x in FP32_POINTERS else "*bf16" for x in kernel.arg_names if x.endswith("_ptr")}
     if name.startswith(EIGHT_BITS):
         types["y_ptr"] = "*i8"
-    return compile_kernel(kernel, types, options | norms.options(width), capability)
+    return compile_kernel(kernel, types, options | tiles(name, width), capability)
+
+
+def tiles(name: str, width: int) -> dict[str, int]:
+    return norms.options(width, norms.COUNTS) if name.startswith(EIGHT_BITS) else norms.options(width)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
@@ -35,8 +39,9 @@ def test_kernel_compiles_for_the_gpu(name: str, capability: int) -> None:
     assert kernel.asm["cubin"]
     # one warp to a row: nothing to exchange, and nothing to wait for
     assert kernel.metadata.shared == 0
-    # loads and stores 16 bytes wide, without which memory is not used at its speed
-    for access in ("ld.global.v4", "st.global.v4"):
+    # lines of memory are read and written whole: 16 bytes a thread, and as many numbers of narrower rows
+    accesses = ("ld.global.v4.b32", "ld.global.v2.b32", "st.global.b32")
+    for access in accesses if name.startswith(EIGHT_BITS) else ("ld.global.v4", "st.global.v4"):
         assert access in kernel.asm["ptx"]
 
 
@@ -46,4 +51,4 @@ def test_rows_are_in_registers(name: str, width: int) -> None:
     kernel = compile_norm(name, width, 90)
     assert "STL" not in kernel.asm["sass"]
     # no lane masked off: these widths are whole tiles
-    assert width % norms.options(width)["CHUNK"] == 0
+    assert width % tiles(name, width)["CHUNK"] == 0
