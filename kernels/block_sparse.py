@@ -62,6 +62,15 @@ def sparse_forward(
     return kernels.attention(q, k, v, kernels.Blocks(block_index, block_q, block_k), form)
 
 
+def sparse_backward(
+    saved: tuple[Tensor, ...], block_index: Tensor, grad: Tensor, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients along q, k and v, from grad, that of o, by the kernels; saved: q, k, v, o and lse."""
+    kernels = _kernels()
+    forms = (_form(kind, saved[0], block_q, block_k) for kind in ("queries", "keys"))
+    return kernels.backward(saved, grad, kernels.Blocks(block_index, block_q, block_k), *forms)
+
+
 class _SparseAttention(torch.autograd.Function):
     """The tangents are plain inputs, so that one kernel sees them beside the primals."""
 
@@ -96,10 +105,7 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, block_index = ctx.saved_tensors
-        kernels = _kernels()
-        forms = (_form(kind, saved[0], *ctx.sizes) for kind in ("queries", "keys"))
-        grads = kernels.backward(saved, grad, kernels.Blocks(block_index, *ctx.sizes), *forms)
-        return *grads, *(None,) * 6
+        return *sparse_backward(saved, block_index, grad, *ctx.sizes), *(None,) * 6
 
     @staticmethod
     def jvp(ctx: FunctionCtx, *_: Tensor | None) -> tuple[Tensor, None, None]:

@@ -24,6 +24,8 @@ KERNELS = {
     "fold gradients": (linear.fold_kernel, FOLD | {"FORWARD": False}),
     **{kind: (kernel, {}) for kind, kernel in WALKS.items()},
     "output alone": (WALKS["output"], {"add_ptr": None}),
+    "query_grad alone": (WALKS["query_grad"], {"more_ptr": None}),
+    "key_grad alone": (WALKS["key_grad"], {"more_k_ptr": None, "more_v_ptr": None}),
     "output_tangent alone": (WALKS["output_tangent"], {"add_ptr": None, "d_add_ptr": None}),
 }
 
