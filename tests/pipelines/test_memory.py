@@ -136,11 +136,11 @@ def test_a_limit_of_the_process_is_all_that_is_free() -> None:
     kept = torch.empty(64 << 20, dtype=torch.uint8, device=device)
     # freed, but still PyTorch's
     torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    torch.cuda.set_per_process_memory_fraction(2 * GIB / whole, device)
+    torch.cuda.set_per_process_memory_fraction(2 * GIB / whole, 0)
     try:
         expected = 2 * GIB - torch.cuda.memory_allocated(device) - RUNTIME
         # a fraction in floating point
         assert free_memory(device).device == pytest.approx(expected, abs=1 << 20)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
     assert kept.numel() == 64 << 20

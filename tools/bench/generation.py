@@ -188,7 +188,8 @@ def generate(models: Models, row: Variant, options: Options, result: Measured) -
     if options.cap is not None:
         # from here on: making the weights is not part of a run
         whole = backend.get_device_properties(device).total_memory
-        backend.set_per_process_memory_fraction(min(1.0, options.cap * GIB / whole), device)
+        index = backend.current_device() if device.index is None else device.index
+        backend.set_per_process_memory_fraction(min(1.0, options.cap * GIB / whole), index)
     result.first, *runs = (make(pipeline, clip) for clip in clips)
     result.stages = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     result.peak = 0 if device.type == "cpu" else backend.max_memory_allocated(device)
