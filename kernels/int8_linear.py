@@ -3,10 +3,10 @@
 In Triton on a GPU (kernels/int8_linear_triton.py), by kernels/reference_int8.py on a CPU.  Steps are found
 as numbers come, so that nothing needs calibration.
 
-What leaves a GELU is rounded to 16 bits and quantised by a pass of its own, as a tile of a product sees a part
-of its rows.  A step for each such part would save a feed-forward 3 bytes of each number, by arithmetic 12 % of
-its time at Wan's smallest sizes and 5 % at its largest; but it would have the next product convert and add up
-all sums in fp32 for every part, a quarter of that one's time, and hold two sets of them in registers.
+What leaves a GELU is rounded to 16 bits and quantised by a pass of its own, as a tile of a product sees a
+part of its rows.  A step for each such part would save a feed-forward 3 bytes of each number, by arithmetic
+12 % of its time at Wan's smallest sizes and 5 % at its largest; but it would have the next product convert and
+add up all sums in fp32 for every part, a quarter of that one's time, and hold two sets of them in registers.
 """
 
 import os
