@@ -5,8 +5,8 @@ as numbers come, so that nothing needs calibration.
 
 What leaves a GELU is rounded to 16 bits and quantised by a pass of its own, as a tile of a product sees a
 part of its rows.  A step for each such part would save a feed-forward 3 bytes of each number, by arithmetic
-12 % of its time at Wan's smallest sizes and 5 % at its largest; but it would have the next product convert and
-add up all sums in fp32 for every part, a quarter of that one's time, and hold two sets of them in registers.
+12 % of its time at Wan's smallest sizes and 5 % at its largest; but it would have the next product convert
+and add up all sums in fp32 for every part, a quarter of that one's time, and hold two sets of them.
 """
 
 import os
