@@ -1,7 +1,8 @@
-"""Sparse attention and the linear branch together: in one kernel where there is one, else one by one.
+"""Sparse attention and the linear branch together, where that spares memory, else one by one.
 
-The kernel, for Hopper GPUs and without derivatives, is that of sparse attention, which ends each tile with
-its queries' linear branch (kernels/linear_attention_hopper.py): no output is written and read again.
+Without derivatives, sparse attention's kernels for Hopper GPUs end each tile with its queries' linear branch
+(kernels/linear_attention_hopper.py): no output is written and read again.  With gradients, in Triton on any
+GPU, the linear branch's are added to the others as they are written.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import FunctionCtx
 
 from kernels import block_sparse, linear_attention
 from kernels.block_sparse import BLOCKS, Trial, sparse_attention
@@ -47,8 +50,10 @@ def sparse_linear_attention(
     block_sparse.check(q, k, v, block_index, block_q, block_k)
     linear_attention.check(q, k, v, weight, bias, None, feature_map)
     settings, form = Settings(block_q, block_k, feature_map, int8), separate
-    if q.is_cuda and not are_differentiated(q, k, v, weight, bias) and weight.dtype == bias.dtype == q.dtype:
-        form = _sound(q.device, q.dtype, q.shape[-1], settings)
+    has_tangent = any(unpack_dual(x).tangent is not None for x in (q, k, v, weight, bias))
+    if q.is_cuda and weight.dtype == bias.dtype == q.dtype and not has_tangent:
+        is_differentiated = are_differentiated(q, k, v, weight, bias)
+        form = _sound(q.device, q.dtype, q.shape[-1], settings, is_differentiated)
     return form(q, k, v, block_index, weight, bias, settings)
 
 
@@ -81,6 +86,53 @@ def fused(
     return sparse.attention(q, k, v, blocks, block_sparse_hopper.FORMS[settings.block_q], branch)[0]
 
 
+def has_backward(device: torch.device, dtype: torch.dtype, width: int, settings: Settings) -> bool:
+    """Whether `together` runs there: where both do in Triton, and not in 8 bits."""
+    from kernels.linear_attention_triton import DTYPES, HEAD_WIDTHS
+
+    q = torch.empty(0, width, dtype=dtype, device=device)
+    runs = block_sparse.runs_in_triton(q, *settings[:2]) and not settings.int8
+    return runs and width in HEAD_WIDTHS and dtype in DTYPES
+
+
+def together(
+    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, weight: Tensor, bias: Tensor, settings: Settings
+) -> Tensor:
+    """With one backward; for what `has_backward` says."""
+    return _Together.apply(q, k, v, weight, bias, block_index, settings)[0]
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, block_index: Tensor, settings: Settings
+    ) -> tuple[Tensor, ...]:
+        from kernels import linear_attention_triton
+
+        sparse, lse = block_sparse.sparse_forward(q, k, v, block_index, *settings[:2])
+        out = linear_attention_triton.forward(q, k, v, weight, bias, sparse, settings.feature_map)
+        return *out, sparse, lse
+
+    @staticmethod
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[Tensor | Settings, ...], output: tuple[Tensor, ...]
+    ) -> None:
+        *saved, _, block_index, ctx.settings = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*saved, *output[1:], block_index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        from kernels import linear_attention_grad_triton
+
+        *saved, sparse, lse, block_index = ctx.saved_tensors
+        block_q, block_k, feature_map, _ = ctx.settings
+        onto = block_sparse.sparse_backward((*saved[:3], sparse, lse), block_index, grad, block_q, block_k)
+        is_trained = any(ctx.needs_input_grad[3:5])
+        grads = linear_attention_grad_triton.backward(*saved, grad, feature_map, is_trained, onto)
+        return *(None if x is None else x.to(grad.dtype) for x in grads), None, None
+
+
 def has_kernel(device: torch.device, dtype: torch.dtype, width: int, settings: Settings) -> bool:
     """Whether `fused` runs there: with fewer queries a block, two programs share what memory there is."""
     from kernels.linear_attention_triton import HEAD_WIDTHS
@@ -92,24 +144,61 @@ def has_kernel(device: torch.device, dtype: torch.dtype, width: int, settings: S
 
 
 @cache
-def _sound(device: torch.device, dtype: torch.dtype, width: int, settings: Settings) -> Callable[..., Tensor]:
-    """What to run on that GPU without derivatives: the kernel, if it is right about a small example."""
-    if not has_kernel(device, dtype, width, settings):
+def _sound(
+    device: torch.device, dtype: torch.dtype, width: int, settings: Settings, is_differentiated: bool
+) -> Callable[..., Tensor]:
+    """What to run on that GPU: what spares memory, if it is there and right about a small example."""
+    if is_differentiated:
+        forms = {"one backward": together} if has_backward(device, dtype, width, settings) else {}
+    else:
+        forms = {"one kernel": fused} if has_kernel(device, dtype, width, settings) else {}
+    if not forms:
         return separate
 
     def check(form: Callable[..., Tensor]) -> float:
-        trial = Trial(device, dtype, width, *settings[:2])
+        trial = _Trial(device, dtype, width, settings)
+        got, truth = trial.results(form, is_differentiated), trial.truths(is_differentiated)
+        # as of the linear branch, the larger part; the smaller may lose 4 % of itself, in 8 bits
+        return error_share(got, truth, 0.016)
+
+    return first_sound("sparse-linear attention", forms | {"one by one": separate}, check)
+
+
+class _Trial(Trial):
+    """That of sparse attention, with a projection."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, width: int, settings: Settings):
+        super().__init__(device, dtype, width, *settings[:2])
         generator = torch.Generator(device).manual_seed(0)
         sizes = ((width, width), (width,))
-        weight, bias = (torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes)
-        given = (trial.q, trial.k, trial.v)
-        with poisoned(), torch.no_grad():
-            got = form(*given, trial.index, weight, bias / 4, settings)
-        (sparse,) = trial.truth()["forward"]
-        truth = linear_attention.plain(
-            *(x.double() for x in (*given, weight, bias / 4)), sparse, settings.feature_map
-        )
-        # as of the linear branch, the larger part; the smaller may lose 4 % of itself, in 8 bits
-        return error_share((got,), (truth,), 0.016)
+        weight, bias = (torch.randn(size, generator=generator, device=device) for size in sizes)
+        # a bias of the size of the rest
+        self.inputs = [self.q, self.k, self.v, weight.to(dtype), (bias / 4).to(dtype)]
+        self.settings = settings
 
-    return first_sound("sparse-linear attention", {"one kernel": fused, "two kernels": separate}, check)
+    def results(self, form: Callable[..., Tensor], is_differentiated: bool) -> tuple[Tensor, ...]:
+        """A form's output and, if it is differentiated, gradients of all inputs."""
+
+        def call(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return form(q, k, v, self.index, weight, bias, self.settings)
+
+        with poisoned():
+            return _with_gradients(call, self.inputs, self.g) if is_differentiated else (call(*self.inputs),)
+
+    def truths(self, is_differentiated: bool) -> tuple[Tensor, ...]:
+        """The same by the twins in fp64."""
+        truth, feature_map = self.truth(), self.settings.feature_map
+        out, *grads = _with_gradients(
+            lambda *x: linear_attention.plain(*x, *truth["forward"], feature_map),
+            [x.double() for x in self.inputs],
+            self.g.double(),
+        )
+        for grad, more in zip(grads, (*truth["queries"], *truth["keys"]), strict=False):
+            grad += more
+        return (out, *grads) if is_differentiated else (out,)
+
+
+def _with_gradients(fn: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = fn(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)

@@ -56,7 +56,7 @@ PORTABLE = {
     "output": Tile(32, 4, 2, programs=4),
     "query_grad": Tile(32, 8, 2, programs=4),
     "state_grad": Tile(32, 8, 3, 128),
-    "key_grad": Tile(32, 8, 2, programs=4),
+    "key_grad": Tile(32, 8, 1, programs=4),
     "state_tangent": Tile(32, 8, 2, programs=1),
     "output_tangent": Tile(32, 8, 1, programs=4),
 }
