@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kernels import pixels
 from kernels.causal_conv import causal_conv as convolve_causal
 from kernels.reference_pixels import rms_norm
+from kernels.wide_attention import wide_attention
 
 Past = dict[nn.Conv3d, Tensor]
 # what a convolution gives, and the bias that is still to be added
@@ -128,9 +129,9 @@ class Attention(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         # one head of the full width, contiguous in memory as the fused kernels want it
-        qkv = rearrange(self.to_qkv(self.norm(x)), "n c h w -> n 1 (h w) c").contiguous()
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        return self.proj(rearrange(out, "n 1 (h w) c -> n c h w", h=x.shape[2]))
+        qkv = rearrange(self.to_qkv(self.norm(x)), "n c h w -> n (h w) c").contiguous()
+        out = wide_attention(*qkv.chunk(3, dim=-1))
+        return self.proj(rearrange(out, "n (h w) c -> n c h w", h=x.shape[2]))
 
 
 class Middle(nn.ModuleList):
