@@ -1,17 +1,18 @@
 """Put the linear layers of a network's blocks in 8 bits, and say what that costs.
 
-    python -m tools.quantize src=FILE_OR_FOLDER dst=FILE [format=int8|fp8|turbodiffusion] [smooth=0.5]
-                             [budget=DB] [keep=NAME,...] [prompts=FILE.txt|none] [steps=N] [variant=NAME]
-                             [overwrite=true]
+    python -m tools.quantize src=FILE_OR_FOLDER dst=FILE [format=int8|fp8|turbodiffusion] [gptq=true]
+                             [smooth=0.5] [budget=DB] [keep=NAME,...] [prompts=FILE.txt|none] [steps=N]
+                             [variant=NAME] [overwrite=true]
 
 int8 and fp8 (e4m3): a scale for each output channel, as they run; a .safetensors file.  turbodiffusion: the
 published form, a scale for each 128 x 128 tile; a .pth file, which runs de-quantised unless quant=int8 is
-passed to infer.py.  The original first makes latents of each line of prompts=, without it of four prompts if
-it is the small world's: they show the error of every layer's outputs, and what the new file's are compared
-with.  smooth= divides outlying channels of what layers read, as turbodiffusion/checkpoints/smoothing.py says.
+passed to infer.py.  The original first makes latents of each line of prompts=, without it of 16 prompts if it
+is the small world's: they show the error of every layer's outputs, and what the new file's are compared with.
+They also show what layers read: gptq=true rounds weights by it (tools/rounding.py), smooth= divides outlying
+channels of it (turbodiffusion/checkpoints/smoothing.py).
 Layers of fewer decibels (SQNR: weights or outputs over their error) than the budget stay as they are, and so
 do those with one of the names: ffn.2 is that layer of every block, blocks.0 all of one.  Tensors pass one at
-a time; a .pth needs one copy.
+a time, but gptq=true holds what it rounds by and makes; a .pth needs one copy.
 """
 
 import math

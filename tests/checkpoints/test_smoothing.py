@@ -1,6 +1,8 @@
 """Channels divided where they are made, and multiplied where they are read: nothing but roundings changes."""
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -130,3 +132,30 @@ def test_entries_are_the_tensors_as_they_are_stored_but_for_modulation(
         wanted = changed(name, stored[name].double())
         # rounded once or, rows and columns both being changed, twice
         torch.testing.assert_close(got.double(), wanted, rtol=2 * torch.finfo(entry.dtype).eps, atol=1e-7)
+
+
+def test_one_weight_is_there_at_a_time(make_network: MakeNetwork) -> None:
+    network, _ = make_network("t2v")
+    alive, most = set(), []
+
+    def read(tensor: Tensor) -> Tensor:
+        most.append(len(alive))
+        copy = tensor.clone()
+        alive.add(id(copy))
+        weakref.finalize(copy, alive.discard, id(copy))
+        return copy
+
+    floats = {
+        name: Entry(tuple(tensor.shape), tensor.dtype, partial(read, tensor))
+        for name, tensor in network.state_dict().items()
+    }
+    changed = Smoothing(
+        network.config,
+        floats,
+        {layer: torch.ones(floats[f"{layer}.weight"].shape[1]) for layer in linear_layers(floats)},
+        0.5,
+    )
+    for entry in changed.entries(floats).values():
+        entry.load()
+    # weights but ffn.2's once to find what they are multiplied by, and all tensors once again
+    assert most == [0] * (18 + len(floats))

@@ -115,6 +115,7 @@ def test_converting_undoes_eight_bits(quant: str, network: WanModel, run: Run) -
     assert is_same(state("c.safetensors"), state("b.safetensors", "none"))
 
 
+@pytest.mark.slow
 def test_the_small_worlds_model_is_nearly_what_it_was(run: Run, tmp_path: Path) -> None:
     dst = tmp_path / "b.safetensors"
     code, said = run(quantize, f"src={SMALL_WORLD}", f"dst={dst}", "steps=1", "device=cpu", "budget=33")
