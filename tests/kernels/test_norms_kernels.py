@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from kernels import norms, reference_norms
 from kernels import norms_triton as kernels
+from kernels.selftest import unfused
 from tests.kernels.judging import DEVICE, GPU, widen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
@@ -113,3 +114,15 @@ def test_public_ops_run_the_kernels() -> None:
     for name, args in inputs.items():
         pairs = zip(*(norms.values(getattr(place, name)(*args)) for place in (norms, kernels)), strict=True)
         assert all(torch.equal(got, wanted) for got, wanted in pairs), name
+
+
+def test_unfused_ops_are_pytorchs() -> None:
+    x, _, shift, scale = draw(256, BF16)
+    with unfused():
+        assert torch.equal(
+            norms.norm_modulate(x, shift, scale), reference_norms.norm_modulate(x, shift, scale)
+        )
+    # which round between steps, as the kernel does not
+    assert not torch.equal(
+        norms.norm_modulate(x, shift, scale), reference_norms.norm_modulate(x, shift, scale)
+    )
