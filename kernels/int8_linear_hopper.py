@@ -1,9 +1,9 @@
 """The products of kernels/int8_linear_triton.py for Hopper GPUs, in Gluon, with their overlap spelt out.
 
 A program walks over tiles of the outputs.  One warp loads, by TMA, DEPTH columns of the tile's rows of x and
-of weights at a time; two warp groups multiply, 64 rows each.  They finish a tile - steps, bias and the rest -
-by halves of its columns, one group while the other may still multiply, and the loader is ahead of both by as
-many buffers as there are.
+of weights at a time; two warp groups multiply, half of the rows each.  They finish a tile - steps, bias and
+the rest - by halves of its columns, one group while the other may still multiply, and the loader is ahead of
+both by as many buffers as there are.
 
 Barriers.  `count` numbers the loads of a program through all its tiles, which have buffer count % STAGES.
 Its `ready` completes phase count // STAGES when TMA has written it, its `free` when both groups have read it;
@@ -28,8 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.int8_linear_triton import GROUP, Finish, gelu
 from kernels.tiles_hopper import new_barriers, new_tiles, tma_load, tma_store
 
-# rows of a warp group, two of which make a tile; columns of a load, a row of which is 128 bytes
-ROWS, DEPTH = 64, 128
+# columns of a load, a row of which is 128 bytes
+DEPTH = 128
 # columns that a warp group multiplies at once: the most that Triton knows of integers
 WIDTH = gl.constexpr(128)
 # 12 warps (two groups of four, and four for the loader) have 168 registers each, before they trade them
@@ -40,8 +40,8 @@ TRADED_REGISTERS = gl.constexpr((240, 24))
 class Form(NamedTuple):
     """A tile's rows and columns, buffers for loads, and rows of tiles that are computed together."""
 
-    rows: int = 2 * ROWS
-    columns: int = 256
+    rows: int = 256
+    columns: int = 128
     stages: int = 4
     group: int = GROUP
 
@@ -210,7 +210,8 @@ def options(form: Form, finish: Finish) -> dict[str, int | bool]:
 def shapes(form: Form, dtype: torch.dtype) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
     """Tiles that TMA moves, of x, weights and outputs, and how they lie."""
     output = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    kinds = ([ROWS, DEPTH], gl.int8), ([form.columns, DEPTH], gl.int8), ([ROWS, form.columns // 2], output)
+    rows = form.rows // 2
+    kinds = ([rows, DEPTH], gl.int8), ([form.columns, DEPTH], gl.int8), ([rows, form.columns // 2], output)
     return [(shape, gl.NVMMASharedLayout.get_default_for(shape, kind)) for shape, kind in kinds]
 
 

@@ -54,12 +54,12 @@ def test_forms_fit_their_gpu(capability: int, finish: str) -> None:
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="this Triton is older than the Hopper kernel's language")
-@pytest.mark.parametrize("columns", [256, 128])
+@pytest.mark.parametrize(("rows", "columns"), [(256, 128), (128, 256)])
 @pytest.mark.parametrize("finish", FINISHES)
-def test_hopper_kernel_keeps_products_in_flight(finish: str, columns: int) -> None:
+def test_hopper_kernel_keeps_products_in_flight(finish: str, rows: int, columns: int) -> None:
     from kernels import int8_linear_hopper as hopper
 
-    form, elements = hopper.Form(columns=columns), ("i8", "i8", "bf16")
+    form, elements = hopper.Form(rows, columns), ("i8", "i8", "bf16")
     types = {name: kind for name, kind in TYPES.items() if name not in ("x_ptr", "w_ptr", "y_ptr")}
     for name, element, (shape, layout) in zip(
         ("x_desc", "w_desc", "y_desc"), elements, hopper.shapes(form, torch.bfloat16), strict=True
