@@ -35,7 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.linear_attention_hopper import add_branch, branch_queries, fetch_branch, new_branch
+from kernels.linear_attention_hopper import (
+    add_branch,
+    branch_numbers,
+    branch_queries,
+    fetch_branch,
+    new_branch,
+)
 from kernels.linear_attention_triton import Branch
 from kernels.tiles_hopper import new_barriers, new_tiles, tma_load, tma_store
 
@@ -208,7 +214,10 @@ def _attend(group, outputs, queries, keys, values, branch, work, KEYS: gl.conste
             o = warpgroup_mma_wait(0, [o])
             mbarrier.arrive(v_free.index(before))
             o = o * gl.convert_layout(shrink, OUT_ROW)[:, None]
-        if not HELD and MAP is None:
+        head = tile // blocks
+        if MAP is not None:
+            numbers = branch_numbers(branch, head, D)
+        elif not HELD:
             mbarrier.arrive(q_free)
         stage = count % STAGES
         mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
@@ -217,7 +226,6 @@ def _attend(group, outputs, queries, keys, values, branch, work, KEYS: gl.conste
         mbarrier.arrive(v_free.index(stage))
         count += 1
 
-        head = tile // blocks
         first = tile % blocks * (GROUPS * ROWS) + group * ROWS
         if lse_ptr is not None:
             row = first + gl.arange(0, ROWS, ROW)
@@ -228,7 +236,7 @@ def _attend(group, outputs, queries, keys, values, branch, work, KEYS: gl.conste
         else:
             q_again = branch_queries(branch, group, parity, OUT)
             mbarrier.arrive(q_free)
-            o = add_branch(o, inverse, q_again, branch, head, MAP)
+            o = add_branch(o, inverse, q_again, numbers, branch, MAP)
         parity ^= 1
         # o of the tile before has left the buffer
         tma.store_wait(0)

@@ -33,7 +33,7 @@ from kernels.block_sparse_hopper import (
     programs,
 )
 from kernels.block_sparse_int8_triton import LOG2_E4M3_MAX, MAGIC, MAGIC_BITS, Quantised
-from kernels.linear_attention_hopper import add_branch, branch_queries, new_branch
+from kernels.linear_attention_hopper import add_branch, branch_numbers, branch_queries, new_branch
 from kernels.linear_attention_triton import Branch
 from kernels.tiles_hopper import new_barriers, new_tiles, tma_store
 
@@ -185,6 +185,8 @@ def _attend(group, outputs, queries, keys, values, branch, steps_of, work, MAP: 
             o = warpgroup_mma_wait(0, [o])
             mbarrier.arrive(v_free.index(before))
             o = o * gl.convert_layout(shrink, OUT_ROW)[:, None]
+        if MAP is not None:
+            numbers = branch_numbers(branch, head, D)
         stage = count % STAGES
         mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
         o = warpgroup_mma_wait(0, [_accumulate(_left(p0, LEFT), _left(p1, LEFT), v_tiles, stage, o)])
@@ -198,7 +200,8 @@ def _attend(group, outputs, queries, keys, values, branch, steps_of, work, MAP: 
         else:
             exact = branch_queries(branch, group, parity, WIDE)
             o = gl.convert_layout(o * v_step[None, :], WIDE)
-            o = add_branch(o, gl.convert_layout(inverse, gl.SliceLayout(1, WIDE)), exact, branch, head, MAP)
+            inverse = gl.convert_layout(inverse, gl.SliceLayout(1, WIDE))
+            o = add_branch(o, inverse, exact, numbers, branch, MAP)
         parity ^= 1
         # o of the tile before has left the buffer
         tma.store_wait(0)

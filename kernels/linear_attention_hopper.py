@@ -6,8 +6,8 @@ To the tile's softmax attention o / l are added, as by kernels/linear_attention_
 
 f being features of the queries and F the folded state of their head.  Products add up where o is, which is
 multiplied by t / l before, and divided by t after.  The loader brings F, and the queries where sparse
-attention has them in another form, as it brings keys; what is read from global memory is a few numbers a
-thread, traded in shared memory: pointers for all columns would not stay in registers.
+attention has them in another form, as it brings keys.  mass, shift and bias are read from global memory, one
+number of each a thread, and traded in shared memory: pointers for all columns would not stay in registers.
 """
 
 from triton.experimental import gluon
@@ -50,29 +50,31 @@ def branch_queries(branch, group, parity, OUT: gl.constexpr):
 
 
 @gluon.jit
-def add_branch(o, inverse, q, branch, head, MAP: gl.constexpr):
+def branch_numbers(branch, head, D: gl.constexpr):
+    """mass, shift and bias [D]: asked for early, as they take long, by one number a thread."""
+    vectors_ptr, bias_ptr = branch[1]
+    at = gl.arange(0, D, gl.BlockedLayout([1], [32], [4], [0]))
+    vectors_ptr += head * (3 * D) + at
+    return gl.load(vectors_ptr), gl.load(vectors_ptr + 2 * D), gl.load(bias_ptr + at)
+
+
+@gluon.jit
+def add_branch(o, inverse, q, numbers, branch, MAP: gl.constexpr):
     """o * inverse [rows, D] and the branch; all as a product in 16 bits leaves its sums, or its rows."""
     _, tiles, _, _, _, free = branch[0]
-    vectors_ptr, bias_ptr = branch[1]
+    mass, shift, bias = numbers
     D: gl.constexpr = q.shape[1]
     OUT: gl.constexpr = q.type.layout
+    COLUMN: gl.constexpr = gl.SliceLayout(0, OUT)
     f = features(q, MAP).to(q.dtype)
-    vectors_ptr += head * (3 * D)
-    weight = gl.sum(f.to(gl.float32) * _columns(vectors_ptr, OUT, D)[None, :], 1)
+    weight = gl.sum(f.to(gl.float32) * gl.convert_layout(mass, COLUMN)[None, :], 1)
     total = EPS + weight
     o = o * (total * inverse)[:, None]
     f = gl.convert_layout(f, gl.DotOperandLayout(0, OUT, 2))
     o = warpgroup_mma(f, tiles.index(0).reshape([D, D]), o, is_async=True)
     o = warpgroup_mma_wait(0, [o])
     mbarrier.arrive(free)
-    # not before, as there are not registers enough
-    shift = _columns(vectors_ptr + 2 * D, OUT, D)
-    bias = _columns(bias_ptr, OUT, D).to(gl.float32)
+    # for all columns not before, as there are not registers enough
+    shift = gl.convert_layout(shift, COLUMN)
+    bias = gl.convert_layout(bias, COLUMN).to(gl.float32)
     return (o + weight[:, None] * shift[None, :]) * (1 / total)[:, None] + bias[None, :]
-
-
-@gluon.jit
-def _columns(ptr, OUT: gl.constexpr, D: gl.constexpr):
-    """D numbers, of the columns of a matrix."""
-    x = gl.load(ptr + gl.arange(0, D, gl.BlockedLayout([1], [32], [4], [0])))
-    return gl.convert_layout(x, gl.SliceLayout(0, OUT))
