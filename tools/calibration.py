@@ -128,7 +128,10 @@ class Comparison:
             raise UserError(
                 "smooth= and gptq= need to know what layers read: pass prompts=FILE.txt, a line each"
             )
-        return self._run(partial(watch_inputs, layers=list(self.report.linear), products=products))
+        inputs = self._run(partial(watch_inputs, layers=list(self.report.linear), products=products))
+        if bad := [name for name, read in inputs.items() if not read.largest.isfinite().all()]:
+            raise UserError(f"{bad[0]} reads NaN or infinities: mend the checkpoint, or pass dtype=float32")
+        return inputs
 
     def smooth(self, smoothing: Smoothing) -> None:
         """Change the original's network as the new file's tensors are, which computes what it did."""

@@ -73,18 +73,8 @@ class Options:
 
 def quantize(options: Options, console: Console) -> None:
     """Do it, printing the layers' decibels, what was written and how far its latents are off."""
-    dst = Path(options.dst).expanduser()
     scheme, format, suffix = WRITTEN[options.format]
-    if dst.suffix != suffix:
-        raise UserError(f"format={options.format.name} writes a {suffix} file; got {dst}")
-    if dst.exists() and not options.overwrite:
-        raise UserError(f"{dst} exists; pass overwrite=true to replace it, or another dst=")
-    if not 0 <= options.smooth <= 1:
-        raise UserError(
-            f"smooth={options.smooth}: take 0.5, or any strength up to 1; 0 leaves channels alone"
-        )
-    if options.gptq and scheme == TILES:
-        raise UserError("gptq=true is for format=int8 and format=fp8; the published form has a formula")
+    dst = check(options)
     checkpoint = open_kind(options.src, "network", variant=options.variant, ema=options.ema)
     report = checkpoint.report
     if scheme in report.quantised.values():
@@ -115,6 +105,21 @@ def quantize(options: Options, console: Console) -> None:
     console.print(line, soft_wrap=True)
     if comparison.prompts:
         console.print(comparison.run_new(dst), soft_wrap=True)
+
+
+def check(options: Options) -> Path:
+    """The file to write.  Raises UserError for options that do not fit each other."""
+    dst = Path(options.dst).expanduser()
+    scheme, _, suffix = WRITTEN[options.format]
+    if dst.suffix != suffix:
+        raise UserError(f"format={options.format.name} writes a {suffix} file; got {dst}")
+    if dst.exists() and not options.overwrite:
+        raise UserError(f"{dst} exists; pass overwrite=true to replace it, or another dst=")
+    if not 0 <= options.smooth <= 1:
+        raise UserError(f"smooth={options.smooth}: take 0.5, or any strength up to 1; 0 leaves all as it is")
+    if options.gptq and scheme == TILES:
+        raise UserError("gptq=true is for format=int8 and format=fp8; the published form has a formula")
+    return dst
 
 
 def in_eight_bits(

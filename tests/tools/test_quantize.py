@@ -153,6 +153,21 @@ def test_smoothing_changes_nothing_but_what_eight_bits_cost(
     assert 1e-5 < float(re.search(r"relative error ([\de.-]+)", said)[1]) < 1.2e-2
 
 
+def test_what_can_not_be_calibrated_is_one_sentence(
+    small_world: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    loaded = load_network(SMALL_WORLD, device="cpu", dtype=torch.float32)
+    loaded.network.blocks[2].ffn[0].weight.data[3, 3] = torch.nan
+    save(src := tmp_path / "nan.safetensors", loaded.network, sampling=loaded.sampling, variant="wan_tiny")
+    for file in ("vae_tiny", "text_tiny"):
+        (tmp_path / f"{file}.safetensors").symlink_to(SMALL_WORLD.with_name(f"{file}.safetensors"))
+    code, said = run(
+        quantize, *small_world[1:], f"src={src}", f"dst={tmp_path / 'b.safetensors'}", "gptq=true"
+    )
+    assert code == 2
+    assert "blocks.2.ffn.2 reads NaN or infinities: mend the checkpoint" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int8", "fp8"])
 def test_joint_rounding_leaves_less_of_every_layers_error(
