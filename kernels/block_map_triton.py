@@ -16,8 +16,10 @@ HEAD_WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # one compilation for every length, 1 included
 LENGTHS = ("L", "S", "N", "Q", "K", "kept")
-# tokens that a program of mean_kernel holds at once; blocks of a tile of scores, and channels of its steps
-TOKENS, TILE, CHANNELS = 32, 64, 32
+# tokens that a program of mean_kernel adds at once, and its warps: few, each with much on its way
+TOKENS, WARPS = 16, 2
+# blocks of a tile of scores, and channels of its steps
+TILE, CHANNELS = 64, 32
 # scores that a warp of select_kernel holds: 64 registers a thread
 SCORES_OF_A_WARP = 2048
 
@@ -155,9 +157,8 @@ def block_map(q: Tensor, k: Tensor, *, block_q: int, block_k: int, ratio: float)
     index = torch.empty(B, N, Q, kept, dtype=torch.int32, device=q.device)
     width = triton.next_power_of_2(K)
     with torch.cuda.device_of(q):
-        mean_kernel[B * N, Q + K](
-            q, k, mean_q, mean_k, L, S, N, Q, K, BLOCK_Q=block_q, BLOCK_K=block_k, D=D, TOKENS=TOKENS
-        )
+        sizes = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "D": D, "TOKENS": TOKENS}
+        mean_kernel[B * N, Q + K](q, k, mean_q, mean_k, L, S, N, Q, K, **sizes, num_warps=WARPS)
         grid = (triton.cdiv(Q, TILE), triton.cdiv(K, TILE), B * N)
         score_kernel[grid](mean_q, mean_k, scores, Q, K, D=D, TILE=TILE, CHANNELS=min(D, CHANNELS))
         warps = max(1, width // SCORES_OF_A_WARP)

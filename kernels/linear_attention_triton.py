@@ -72,7 +72,7 @@ HOPPER = PORTABLE | {
 # exact fp32 products are no work for tensor cores; for tests and not for speed
 FP32_TILE = Tile(16, 8, 1)
 # rows of a state that a program of fold_kernel adds up, columns, and parts at once
-FOLD_ROWS, FOLD_COLUMNS, FOLD_PARTS = 16, 32, 8
+FOLD_ROWS, FOLD_COLUMNS, FOLD_PARTS = 16, 64, 8
 # columns of the narrowest matrix that tensor cores multiply with
 NARROW = tl.constexpr(16)
 

@@ -9,7 +9,7 @@ from triton.compiler import CompiledKernel  # noqa: E402 (after the skip)
 from kernels import block_map_triton as block_map  # noqa: E402
 from tests.kernels.compiling import SHARED_BYTES, compile_kernel  # noqa: E402
 
-MEAN = {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128, "TOKENS": block_map.TOKENS}
+MEAN = {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128, "TOKENS": block_map.TOKENS, "num_warps": block_map.WARPS}
 SCORE = {"D": 128, "TILE": block_map.TILE, "CHANNELS": block_map.CHANNELS}
 FP32_POINTERS = {"mean_q_ptr", "mean_k_ptr", "score_ptr"}
 KERNELS = {
