@@ -10,6 +10,7 @@ Its `ready` completes phase count // STAGES when TMA has written it, its `free` 
 who waits on a new barrier for parity 1, that of the phase before the first, passes.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -207,6 +208,7 @@ def options(form: Form, finish: Finish) -> dict[str, int | bool]:
     }
 
 
+@cache  # finding layouts takes some 30 us, as long as a small product does
 def shapes(form: Form, dtype: torch.dtype) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
     """Tiles that TMA moves, of x, weights and outputs, and how they lie."""
     output = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
