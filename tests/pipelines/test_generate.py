@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import Int8Linear
+from turbodiffusion.models.text import TextEncoder
+from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.pipelines.found import find, load
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
-from turbodiffusion.pipelines.offload import Residence
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.pipelines.watch import Watch
 from turbodiffusion.variants import Sampling
@@ -188,79 +187,33 @@ def test_offloading_does_not_change_a_pixel_and_leaves_no_trace(
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in models.network.modules())
 
 
+@pytest.mark.parametrize(("mode", "away"), [("stage", [[], [], []]), ("block", [[0], [1], [2]])])
 @torch.no_grad()
-def test_streamed_blocks_run_elsewhere_and_come_home() -> None:
-    # an odd number: places must not follow the index; one in 8 bits: blocks need not be alike
-    blocks = [torch.nn.Linear(4, 4, bias=i > 0) for i in range(3)]
-    blocks[1] = Int8Linear.from_linear(blocks[1])
-    model, x = torch.nn.Sequential(*blocks), torch.randn(2, 4)
-    wanted, homes = model(x), [block.weight.data_ptr() for block in blocks]
-    seen: list[int] = []
-    for block in blocks:
-        block.register_forward_hook(lambda module, *_: seen.append(module.weight.data_ptr()), prepend=True)
-    residence = Residence(CPU, "block")
-    residence.use(model, blocks)
+def test_blocks_of_the_text_encoder_are_streamed_too(
+    parts: Callable, mode: str, away: list[list[int]]
+) -> None:
+    models, sampling = parts("wan_tiny")
+    encoder = TextEncoder(tokenizer=ByteTokenizer(), **{**models.text_encoder.config, "layers": 3})
+    models, units = replace(models, text_encoder=encoder), encoder.shard_units()
+
+    def places() -> list[list[int]]:
+        return [[tensor.data_ptr() for tensor in unit.parameters()] for unit in units]
+
+    homes, seen = places(), []
+    for unit in units:
+        unit.register_forward_hook(lambda *_: seen.append(places()))
+    clip, watch = Clip(prompts=["a cat", "a dog"], size=SIZE, frames=5), Watch(CPU)
+    plain = Pipeline(models, sampling, device=CPU).encode(clip, watch)
+    assert seen == [homes] * 9  # three blocks, for each prompt and the negative one
     seen.clear()
-    for _ in range(4):
-        assert torch.equal(model(x), wanted)
-    assert len(set(seen)) == 2
-    assert not set(seen) & set(homes)
-    assert all(one != two for one, two in pairwise(seen))
-    residence.release()
-    assert [block.weight.data_ptr() for block in blocks] == homes
-
-
-@torch.no_grad()
-def test_a_block_that_fails_comes_home_too() -> None:
-    blocks = [torch.nn.Linear(4, 4) for _ in range(2)]
-    homes = [block.weight.data_ptr() for block in blocks]
-    residence = Residence(CPU, "block")
-    residence.use(torch.nn.Sequential(*blocks), blocks)
-    with pytest.raises(RuntimeError):
-        blocks[0](torch.randn(2, 5))
-    residence.release()
-    assert [block.weight.data_ptr() for block in blocks] == homes
-
-
-@pytest.mark.gpu
-def test_staging_sends_home_what_is_not_in_use() -> None:
-    device = torch.device("cuda")
-    one, two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    weight = one.weight.clone()
-    residence = Residence(device, "stage")
-    residence.use(one)
-    assert one.weight.is_cuda
-    assert not two.weight.is_cuda
-    residence.use(two)
-    assert two.weight.is_cuda
-    assert torch.equal(one.weight, weight)
-    residence.release()
-    assert not two.weight.is_cuda
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_streaming_holds_two_blocks_and_computes_the_same() -> None:
-    device, width, count = torch.device("cuda"), 2048, 8
-    blocks = [torch.nn.Linear(width, width) for _ in range(count)]
-    model, x = torch.nn.Sequential(*blocks), torch.randn(4, width, device=device)
-    wanted = model.to(device)(x)
-    model.to("cpu")
-    idle = torch.cuda.memory_allocated()  # workspaces of the libraries, too
-    residence = Residence(device, "block")
-    residence.use(model, blocks)
-    for _ in range(3):  # round and round, as denoising steps do
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        assert torch.equal(model(x), wanted)
-        torch.cuda.synchronize()
-        # the two places were there before; activations are small beside a block of 4 * width ** 2 bytes
-        assert torch.cuda.max_memory_allocated() - before < width**2
-    assert torch.cuda.memory_allocated() - idle < 2.5 * 4 * width**2
-    residence.release()
-    assert not any(p.is_cuda for p in model.parameters())
-    torch.cuda.synchronize()
+    pipeline = Pipeline(models, sampling, device=CPU, offload=mode)
+    streamed = pipeline.encode(clip, watch)
+    assert torch.equal(streamed.context, plain.context)
+    assert torch.equal(streamed.negative, plain.negative)
+    # of each text the block that runs
+    assert [[i for i in range(3) if now[i] != homes[i]] for now in seen] == away * 3
+    pipeline.residence.release()
+    assert places() == homes
 
 
 @pytest.mark.gpu

@@ -9,11 +9,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from turbodiffusion.models.text import TextEncoder
+from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import decode_bytes, longest_chunk
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines.generate import vae_chunk
-from turbodiffusion.pipelines.memory import GIB, RUNTIME, constant_bytes, denoise_bytes, free_memory
+from turbodiffusion.pipelines.memory import (
+    GIB,
+    RUNTIME,
+    constant_bytes,
+    denoise_bytes,
+    free_memory,
+    streamed_text_bytes,
+)
+from turbodiffusion.pipelines.offload import Residence
 from turbodiffusion.variants import CONFIGS, variants
 
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -89,6 +99,23 @@ def test_constants_take_what_the_plan_says() -> None:
     one = sum(x.nbytes for given in prepared.blocks.values() for memory in given for x in memory)
     # of both texts, and the copy that a graph reads
     assert constant_bytes(model.config, BF16, networks=1) == 3 * one
+
+
+@torch.no_grad()
+def test_a_streamed_text_encoder_takes_what_the_plan_says() -> None:
+    sizes = {"length": 24, "vocab": 1024, "dim": 256, "ffn_dim": 512, "heads": 4, "head_dim": 64, "layers": 5}
+    encoder = TextEncoder(tokenizer=ByteTokenizer(), **sizes)
+    residence = Residence(torch.device("cpu"), "block")
+    with Living(encoder) as living:
+        residence.use(encoder, encoder.shard_units())
+        encoder.shard_units()[0](torch.zeros(1, 1, 256))
+    places = living.peak
+    residence.release()
+    weights = sum(p.nbytes for p in encoder.parameters())
+    embedding = encoder.encoder.embed_tokens.weight.nbytes
+    # two fifths of the last norm, and what the one token makes, are the difference
+    planned = streamed_text_bytes(encoder.config, weights, torch.float32)
+    assert planned == pytest.approx(embedding + places, rel=0.01)
 
 
 @pytest.mark.parametrize(

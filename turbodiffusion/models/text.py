@@ -95,6 +95,10 @@ class TextEncoder(nn.Module):
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.pad(states.masked_fill(~mask.unsqueeze(-1), 0), (0, 0, 0, missing))
 
+    def shard_units(self) -> list[nn.Module]:
+        """The modules to offload one by one, in the order they run."""
+        return list(self.encoder.block)
+
     def _fit(self, ids: list[int]) -> list[int]:
         """The first length - 1 ids and EOS."""
         dropped = len(ids) - self.length

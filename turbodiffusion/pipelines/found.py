@@ -18,7 +18,13 @@ from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import TILE, decode_bytes
 from turbodiffusion.models.wan import PATCH, WanModel
 from turbodiffusion.pipelines.generate import Models, latent_shape, vae_chunk
-from turbodiffusion.pipelines.memory import ENCODER_ACTIVATIONS, Stage, constant_bytes, denoise_bytes
+from turbodiffusion.pipelines.memory import (
+    ENCODER_ACTIVATIONS,
+    Stage,
+    constant_bytes,
+    denoise_bytes,
+    streamed_text_bytes,
+)
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import fingerprint
 from turbodiffusion.pipelines.request import pick_device, pick_dtype
@@ -120,11 +126,14 @@ def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: 
         weights = sum(count // kind.itemsize * dtype.itemsize for kind, (_, count) in report.dtypes.items())
         if name.startswith("network") and found.quant != NONE:
             weights -= sum(report.linear[layer] for layer in report.eight_bit_layers) * (dtype.itemsize - 1)
-        # of a network two blocks of `layers`, and what is outside the blocks, about one more
-        parts = max(3, config["layers"]) if name.startswith("network") else 3
+        streamed = weights
+        if name.startswith("network"):  # two blocks of `layers`, and what is outside them, about one more
+            streamed = 3 * weights // max(3, config["layers"])
+        elif name == "text_encoder":
+            streamed = streamed_text_bytes(report.config, weights, dtype)
         activations = work.get(name, int(ENCODER_ACTIVATIONS * weights))
         kept = constants if name.startswith("network") else 0
-        result.append(Stage(name, weights, 3 * weights // parts, activations, kept))
+        result.append(Stage(name, weights, streamed, activations, kept))
     return tuple(result)
 
 

@@ -165,6 +165,18 @@ class Pipeline:
             context, negative = self._texts(clip, watch)
         return Encoded(shape=shape, context=context, negative=negative, **self._known(clip, shape, watch))
 
+    def context(self, text: str, watch: Watch) -> Tensor:
+        """(1, S, E) of one text."""
+
+        def encode(encoder: TextEncoder) -> Tensor:
+            self.residence.use(encoder, encoder.shard_units())
+            return encoder([text])
+
+        source = self.models.text_encoder
+        if isinstance(source, StoredTexts):
+            return source.context(text, encode, watch).to(self.device)
+        return encode(source)
+
     def noise(self, clip: Clip, seeds: Sequence[int]) -> SampleNoise:
         """What the latents start from: drawn from now on, beside the encoding of the clip."""
         shape = latent_shape(self.models.vae, clip.frames, clip.size)
@@ -236,20 +248,8 @@ class Pipeline:
         negative = sampling.negative_prompt if clip.negative is None else clip.negative
         texts = [*clip.prompts, negative] if guided else list(clip.prompts)
         # each alone: a batch is padded to its longest text, which would show in the last bits
-        context = torch.cat([self._context(text, watch) for text in texts])
+        context = torch.cat([self.context(text, watch) for text in texts])
         return (context[:-1], context[-1:]) if guided else (context, None)
-
-    def _context(self, text: str, watch: Watch) -> Tensor:
-        """(1, S, E)."""
-
-        def encode(encoder: TextEncoder) -> Tensor:
-            self.residence.use(encoder)
-            return encoder([text])
-
-        source = self.models.text_encoder
-        if isinstance(source, StoredTexts):
-            return source.context(text, encode, watch).to(self.device)
-        return encode(source)
 
     def _check_pictures(self, clip: Clip) -> None:
         tokens = self.models.network.config["clip_tokens"]

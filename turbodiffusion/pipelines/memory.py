@@ -111,6 +111,12 @@ def constant_bytes(config: dict[str, int], dtype: torch.dtype, networks: int) ->
     return (2 * networks + 1) * 2 * config["layers"] * tokens * config["dim"] * dtype.itemsize
 
 
+def streamed_text_bytes(config: dict[str, int], weights: int, dtype: torch.dtype) -> int:
+    """What block mode keeps of a text encoder's weights: the embedding, and places for two blocks."""
+    embedding = config["vocab"] * config["dim"] * dtype.itemsize
+    return embedding + 2 * (weights - embedding) // config["layers"]
+
+
 def free_memory(device: torch.device) -> Free:
     """What this process may still take now on the device and, where that is another memory, on the host."""
     host = host_memory()
