@@ -9,7 +9,7 @@ from kernels.int8_linear import Tokens, quantise_tokens
 from kernels.norms import add_gated, norm_modulate
 from turbodiffusion.models.int8 import Int8Linear
 from turbodiffusion.models.layers import LayerNorm
-from turbodiffusion.models.projections import add_projected, modulated, normed, projected
+from turbodiffusion.models.projections import add_projected, join, modulated, normed, projected
 
 B, L, E = 2, 5, 24
 
@@ -68,6 +68,7 @@ def test_one_product_is_the_layers_one_by_one(is_quantised: bool) -> None:
     for _ in range(2):
         got = projected(x, *several)
         assert all(map(torch.equal, got, wanted))
+        join(*several)
 
 
 @pytest.mark.parametrize("tokens", [1, L])
@@ -82,6 +83,9 @@ def test_weights_that_are_moved_together_are_the_same_tensors_of_the_same_number
     before = [layer.weight for layer in several]
     numbers = [layer.weight.clone() for layer in several]
     projected(x, *several)
+    # not by a call, which may be recorded and repeated
+    assert len({tensor.untyped_storage().data_ptr() for tensor in before}) == 3
+    join(*several)
     joined = several[0].weight.untyped_storage().data_ptr()
     for layer, tensor, wanted in zip(several, before, numbers, strict=True):
         assert layer.weight is tensor

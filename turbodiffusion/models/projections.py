@@ -17,6 +17,7 @@ from turbodiffusion.models.layers import LayerNorm
 # width up to which the last tiles of one layer leave much of a GPU idle; of wider ones, one product would
 # save nothing, and keep the outputs of all in memory together
 JOINED = 2048
+PARTS = ("weight", "scale", "bias")  # of a layer
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, *readers: nn.Module) -> Tensor | Tokens:
@@ -34,9 +35,22 @@ def normed(x: Tensor, norm: LayerNorm, reader: nn.Module) -> Tensor | Tokens:
     return modulated(x, bias, weight - 1, reader)
 
 
-def projected(x: Tensor | Tokens, *layers: nn.Module) -> Sequence[Tensor]:
-    """What each of some layers of one size makes of x: small ones in 8 bits by one product."""
+def join(*layers: nn.Module) -> None:
+    """Move weights of layers of one size one under another, for `projected`, if they are small and in 8 bits.
+
+    To be called where weights have come to stay; while a graph is recorded, they would move at every replay.
+    """
     if _are_int8(layers) and layers[0].weight.shape[1] <= JOINED:
+        for name in PARTS:
+            tensors = [getattr(layer, name) for layer in layers]
+            if tensors[0] is not None and _together(tensors) is None:
+                for tensor, part in zip(tensors, torch.cat(tensors).chunk(len(tensors)), strict=True):
+                    tensor.data = part  # the same tensor, which others may hold
+
+
+def projected(x: Tensor | Tokens, *layers: nn.Module) -> Sequence[Tensor]:
+    """What each of some layers of one size makes of x: by one product if they were joined."""
+    if _are_int8(layers):
         return _projected(x, layers)
     return [layer(x) for layer in layers]
 
@@ -54,22 +68,20 @@ def _are_int8(layers: Sequence[nn.Module]) -> bool:
 
 @torch.compiler.disable
 def _projected(x: Tensor | Tokens, layers: Sequence[Int8Linear]) -> Sequence[Tensor]:
-    weight, scale, bias = (_together(layers, name) for name in ("weight", "scale", "bias"))
+    weight, scale, bias = (_together([getattr(layer, name) for layer in layers]) for name in PARTS)
+    if weight is None or scale is None:
+        return [layer(x) for layer in layers]
     return int8_linears(x, weight, scale, bias, len(layers))
 
 
-def _together(layers: Sequence[Int8Linear], name: str) -> Tensor | None:
-    """A buffer of every layer, one under another: moved there by a first call, as parts of one piece."""
-    tensors = [getattr(layer, name) for layer in layers]
+def _together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors of one shape as the one whose parts they are, or None where they are not."""
     first = tensors[0]
     if first is None:
         return None
     places = {
         (t.untyped_storage().data_ptr(), t.storage_offset() - i * t.numel()) for i, t in enumerate(tensors)
     }
-    if len(places) == 1:
-        return first.as_strided((len(layers) * len(first), *first.shape[1:]), first.stride())
-    joined = torch.cat(tensors)
-    for tensor, part in zip(tensors, joined.chunk(len(layers)), strict=True):
-        tensor.data = part  # the same tensor, which others may hold
-    return joined
+    if len(places) > 1:
+        return None
+    return first.as_strided((len(tensors) * len(first), *first.shape[1:]), first.stride())

@@ -18,7 +18,7 @@ from turbodiffusion.attention import DENSE, Attention, chosen, make_core
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.cross_attention import CrossAttention, Memory
 from turbodiffusion.models.layers import LayerNorm, RMSNorm, linear_fp32, sinusoids
-from turbodiffusion.models.projections import add_projected, modulated, normed, projected
+from turbodiffusion.models.projections import add_projected, join, modulated, normed, projected
 from turbodiffusion.models.rope import rotary_table
 
 PATCH = (1, 2, 2)
@@ -221,9 +221,11 @@ class WanModel(nn.Module):
         dtype, missing = self.patch_embedding.weight.dtype, self.config["text_length"] - context.shape[1]
         text = self.text_embedding(F.pad(context.to(dtype), (0, 0, 0, missing)))
         image = None if clip is None else self.img_emb(clip.to(dtype))
-        given = (
-            block.cross_attn.memorise(text, image) if memorise else (text, image) for block in self.blocks
-        )
+        given = []
+        for block in self.blocks:
+            if memorise:  # all blocks are there, and stay
+                join(block.self_attn.q, block.self_attn.k, block.self_attn.v)
+            given.append(block.cross_attn.memorise(text, image) if memorise else (text, image))
         return Conditions(table, dict(enumerate(given)))
 
     def forward(
