@@ -15,6 +15,7 @@ COUNTED = {
     ("wan2.1_t2v_14b", 32_760): (1_678, 4_250, 18_570),
     ("wan2.1_t2v_14b", 75_600): (6_523, 17_761, 74_662),
 }
+WORDS = ["variant=wan_tiny", "frames=5", "size=32x32", "device=cpu"]
 
 
 @pytest.mark.parametrize(("name", "tokens"), COUNTED)
@@ -28,9 +29,19 @@ def test_floors_are_those_counted_elsewhere(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("block", ["true", "false"])
 def test_it_runs_on_a_cpu(block: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    words = ["variant=wan_tiny", "frames=5", "size=32x32", "device=cpu", "steps=1", "remat=none,block"]
-    monkeypatch.setattr(sys, "argv", ["train_step", *words, f"block={block}"])
+    monkeypatch.setattr(sys, "argv", ["train_step", *WORDS, "steps=1", "remat=none,block", f"block={block}"])
     train_step.main()
     shown = capsys.readouterr().out
     assert "remat=block" in shown
     assert "full step" in shown
+
+
+def test_a_step_of_finetuning_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sparse = ["experiment=sla_wan1_3b", "block_q=2", "block_k=2", "ratio=0.5"]
+    monkeypatch.setattr(sys, "argv", ["train_step", *WORDS, "steps=1", "remat=block", *sparse])
+    train_step.main()
+    shown = capsys.readouterr().out
+    assert "remat=block" in shown
+    assert "a student's turn" in shown

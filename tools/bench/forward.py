@@ -7,23 +7,22 @@ first: on a small clip, all blocks kept, each must agree in bf16 with itself in 
 Included: everything WanModel.forward does.  Excluded: text encoder, VAE, sampler, weight loading.
 """
 
-import statistics
-import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tools.options import parse
-from turbodiffusion.errors import UserError
+from tools.bench.timing import Run, Timing, compare, sizes, start
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import Variant, variant
 
 
 @dataclass
-class Options:
+class Options(Timing):
     """The command line."""
 
     variant: str = "wan2.1_t2v_1.3b"
@@ -34,6 +33,7 @@ class Options:
     block_q: int = 128
     block_k: int = 64
     repeats: int = 10
+    calls: int = 1
     device: str = "cuda"
     compile: bool = False
 
@@ -60,8 +60,8 @@ def random_network(row: Variant, device: torch.device, dtype: torch.dtype) -> Wa
 def latent_size(row: Variant, size: str, frames: int) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip of WIDTHxHEIGHT pixels."""
     factor = 16 if row.vae == "wan2.2" else 8
-    width, height = (int(side) // factor for side in size.split("x"))
-    return (frames - 1) // 4 + 1, height, width
+    ((width, height),) = sizes(size)
+    return (frames - 1) // 4 + 1, height // factor, width // factor
 
 
 def network_inputs(
@@ -70,15 +70,13 @@ def network_inputs(
     """Random inputs at a latent size (T, H, W), batch 1."""
     usual = {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "text_length": 512, "clip_tokens": 0}
     network = usual | row.network
-    extra = network["in_channels"] - network["out_channels"]
+    extra, tokens = network["in_channels"] - network["out_channels"], network["clip_tokens"]
     return {
         "x": torch.randn(1, network["out_channels"], *size, device=device),
         "timesteps": torch.full((1,), 700.0, device=device),
         "context": torch.randn(1, network["text_length"], network["text_dim"], device=device),
         "condition": torch.randn(1, extra, *size, device=device) if extra else None,
-        "clip": torch.randn(1, network["clip_tokens"], 1280, device=device)
-        if network["clip_tokens"]
-        else None,
+        "clip": torch.randn(1, tokens, 1280, device=device) if tokens else None,
     }
 
 
@@ -111,53 +109,24 @@ def gate(network: WanModel, row: Variant, names: list[str], options: Options) ->
     return errors
 
 
-@torch.no_grad()
-def time_forwards(
-    network: WanModel, inputs: dict[str, Tensor | None], names: list[str], options: Options
-) -> dict[str, list[float]]:
-    """Milliseconds of each of `repeats` forwards after two of warm-up, by kind of attention, in turns."""
-    times = {name: [] for name in names}
-    for i in range(options.repeats + 2):
-        for name in names:
-            attend(network, name, options, options.ratio)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            network(**inputs)
-            end.record()
-            end.synchronize()
-            if i >= 2:
-                times[name].append(start.elapsed_time(end))
-    return times
-
-
-def main() -> None:
-    """Gate, time, print."""
-    options = parse(Options, sys.argv[1:])
-    device, console = torch.device(options.device), Console(width=150)
-    if device.type != "cuda":
-        raise UserError(f"device={options.device} has no CUDA events to time with; use a CUDA device")
-    row, names = variant(options.variant), options.attention.split(",")
+def report(options: Options, console: Console) -> None:
+    """Every size."""
+    device, row, names = torch.device(options.device), variant(options.variant), options.attention.split(",")
     network = random_network(row, device, torch.bfloat16)
-    errors = gate(network, row, names, options)
-    console.print(
-        f"{row.name}, {options.frames} frames, bf16, compile={options.compile}, "
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; gate errors {errors}"
-    )
-    if options.compile:
-        for block in network.shard_units():
+    console.print(f"errors {gate(network, row, names, options)}")
+    # of one set of weights
+    networks = {name: deepcopy(network, {id(p): p for p in network.parameters()}) for name in names}
+    for name, each in networks.items():
+        attend(each, name, options, options.ratio)
+        for block in each.shard_units() if options.compile else ():
             block.compile()
     for size in options.size.split(","):
         inputs = network_inputs(row, latent_size(row, size, options.frames), device)
-        times = time_forwards(network, inputs, names, options)
-        yardstick = statistics.median(times[names[0]])
-        for name, spent in times.items():
-            median = statistics.median(spent)
-            console.print(
-                f"  {size} {name}: median {median:.1f} ms of {len(spent)}, {min(spent):.1f} to "
-                f"{max(spent):.1f}; {yardstick / median:.2f} x {names[0]}"
-            )
-    console.print(f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        console.print(size)
+        compare({name: Run(partial(each, **inputs)) for name, each in networks.items()}, options, console)
 
+
+main = partial(start, Options, report)
 
 if __name__ == "__main__":
     main()

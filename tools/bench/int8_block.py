@@ -1,69 +1,48 @@
 """Time of what a block computes around its 8-bit linear layers on one GPU, beside the same in other numbers.
 
-    python -m tools.bench.int8_block tokens=32760,75600 sizes=1536x8960,5120x13824
+    python -m tools.bench.int8_block tokens=32760,75600 shapes=1536x8960,5120x13824
 
-Sizes are width x feed-forward width.  A network's own functions run, once with layers in bf16 and once in
-8 bits; `fp8` has PyTorch's products of e4m3 numbers, with a scale for each token and channel, which it finds
-op by op; `compiled` is torch.compile of either.  CUDA events around a few calls, in turns, medians.
-Floors are of an H200: 1,580 TOP/s, and every tensor between kernels written and read at 4.3 TB/s.
+Shapes are width x feed-forward width.  A network's own functions run, once with layers in bf16, which others
+must be near, and once in 8 bits; `compiled` is torch.compile of either.  Floors are of int8, and of every
+tensor between kernels written and read.
 """
 
-import statistics
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kernels.reference import E4M3_MAX
-from kernels.selftest import poisoned
-from tools.bench.int8_linear import PACE
-from tools.bench.timing import BANDWIDTH, gpu_console, measure, repeated
-from tools.options import parse
-from turbodiffusion.errors import UserError
-from turbodiffusion.models.int8 import Int8Linear
+from kernels import fp8_linear
+from tools.bench.timing import INT8_RATE, Run, Timing, compare, share_of, sizes, start
+from turbodiffusion.models.int8 import EightBitLinear, Fp8Linear, Int8Linear
 from turbodiffusion.models.projections import add_projected, modulated, projected
 
-BF16 = torch.bfloat16
 # of Gaussian numbers int8 loses 1.3e-2 of a product and e4m3 3.8e-2, here of a branch as large as what it is
 # added to, or two in a row; anything wrong is off by more
 ALLOWED = 0.06
+TARGETS = {"ffn": {"fp8": 1.5, "fp8 compiled": 1.2}}
 
 
 @dataclass
-class Options:
+class Options(Timing):
     """The command line."""
 
     tokens: str = "32760,75600"
-    sizes: str = "1536x8960,5120x13824"
+    shapes: str = "1536x8960,5120x13824"
     repeats: int = 7
-    calls: int = 5
 
 
-class ScaledLinear(nn.Module):
-    """A linear layer by PyTorch's product of e4m3 numbers."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight, self.scale = _to_e4m3(linear.weight.detach())
-        self.bias = linear.bias.detach()
+class OpenFp8Linear(Fp8Linear):
+    """One that torch.compile sees through."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, scale = _to_e4m3(x.flatten(0, -2))
-        y = torch._scaled_mm(
-            rows,
-            self.weight.mT,
-            scale_a=scale,
-            scale_b=self.scale.mT,
-            bias=self.bias,
-            out_dtype=BF16,
-            use_fast_accum=True,
-        )
-        return y.view(*x.shape[:-1], -1)
+        tokens = fp8_linear.quantise_rows(x.flatten(0, -2))
+        return fp8_linear.library(*tokens, self.weight, self.scale, self.bias).view(*x.shape[:-1], -1)
 
 
 class Layers(nn.Module):
@@ -82,14 +61,23 @@ class Layers(nn.Module):
         layers = self.q, self.k, self.v
         return tuple(projected(modulated(x, shift, scale, *layers), *layers))
 
-    def out(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    def out(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """o and its gated sum."""
-        return (add_projected(x, y, self.o, gate),)
+        return add_projected(x, y, self.o, gate)
 
-    def ffn(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    def ffn(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Norm, modulation, feed-forward and its gated sum."""
         h = self.gelu(self.up(modulated(x, shift, scale, self.up)))
-        return (add_projected(x, h, self.down, gate),)
+        return add_projected(x, h, self.down, gate)
+
+    def in_numbers(self, kind: type[EightBitLinear]) -> "Layers":
+        """The same with layers in 8 bits."""
+        other = deepcopy(self)
+        for name in ("q", "k", "v", "o", "up", "down"):
+            setattr(other, name, kind.from_linear(getattr(self, name)))
+        if kind is Int8Linear:
+            other.up.gelu, other.gelu = True, nn.Identity()
+        return other
 
 
 # of each: products a token, and bytes between kernels, both in the width E and the inner width I.  x to int8
@@ -101,65 +89,39 @@ WORK: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]]] = {
 }
 
 
-def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.float().abs().amax(1, keepdim=True) / E4M3_MAX
-    return (x / scale).to(torch.float8_e4m3fn), scale
+def runs(part: str, kinds: dict[str, Layers], inputs: list[Tensor], inner: int) -> dict[str, Run]:
+    """A part of a block with each kind of layers, as it is and, but for int8, compiled."""
+    (_, tokens, width), (products, moved) = inputs[0].shape, WORK[part]
+    calls = {kind: getattr(layers, part) for kind, layers in kinds.items()}
+    calls |= {
+        f"{kind} compiled": torch.compile(calls[kind], dynamic=False) for kind in kinds if kind != "int8"
+    }
+    least = {"work": 2 * tokens * products(width, inner), "moved": tokens * moved(width, inner)}
+    truth = calls["bf16"](*inputs)
+    share = share_of((truth,) if isinstance(truth, Tensor) else truth, ALLOWED)
+    run = partial(Run, **least, rate=INT8_RATE, share=share)
+    return {
+        name: run(partial(call, *inputs), targets=TARGETS.get(part, {}) if name == "int8" else {})
+        for name, call in calls.items()
+    }
 
 
-def in_numbers(layers: Layers, make: Callable[[nn.Linear], nn.Module]) -> Layers:
-    """The same with other linear layers."""
-    other = deepcopy(layers)
-    for name, child in layers.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(other, name, make(child))
-    if isinstance(other.up, Int8Linear):
-        other.up.gelu, other.gelu = True, nn.Identity()
-    return other
+def report(options: Options, console: Console) -> None:
+    """Every part of every block with every number of tokens."""
+    for (tokens,), (width, inner) in product(sizes(options.tokens), sizes(options.shapes)):
+        with torch.device("cuda"):
+            floats = Layers(width, inner).bfloat16()
+            inputs = [torch.randn(1, tokens, width, dtype=torch.bfloat16) for _ in range(2)]
+            inputs += [torch.randn(1, 1, width) for _ in range(3)]
+        kinds = {"bf16": floats, "int8": floats.in_numbers(Int8Linear)}
+        if torch.cuda.get_device_capability() >= (8, 9):
+            kinds["fp8"] = floats.in_numbers(OpenFp8Linear)
+        for part in WORK:
+            console.print(f"{tokens} tokens, {width} wide, {inner} in the feed-forward: {part}")
+            compare(runs(part, kinds, inputs, inner), options, console)
 
 
-def report(tokens: int, width: int, inner: int, options: Options, console: Console) -> None:
-    """Check, time in turns and print; bf16 is the yardstick."""
-    with torch.device("cuda"):
-        floats = Layers(width, inner).to(BF16)
-        inputs = [torch.randn(1, tokens, width, dtype=BF16) for _ in range(2)]
-        inputs += [torch.randn(1, 1, width) for _ in range(3)]
-    kinds = {"bf16": floats, "int8": in_numbers(floats, Int8Linear.from_linear)}
-    if torch.cuda.get_device_capability() >= (8, 9):
-        kinds["fp8"] = in_numbers(floats, ScaledLinear)
-    for name, (products, moved) in WORK.items():
-        runs = {kind: partial(getattr(layers, name), *inputs) for kind, layers in kinds.items()}
-        for kind in runs.keys() - {"int8"}:
-            compiled = torch.compile(getattr(kinds[kind], name), dynamic=False)
-            runs[f"{kind} compiled"] = partial(compiled, *inputs)
-        truth = [y.float() for y in getattr(floats, name)(*inputs)]
-        for kind, run in runs.items():
-            with poisoned():
-                outputs = run()
-            errors = [((y - t).norm() / t.norm()).item() for y, t in zip(outputs, truth, strict=True)]
-            if not max(errors) < ALLOWED:
-                raise UserError(f"{name}, {kind}: off by {max(errors):.3f}, so not timed")
-        floor = 1e3 * tokens * (2 * products(width, inner) / PACE + moved(width, inner) / BANDWIDTH)
-        console.print(f" {name}: floor {floor:.3f} ms")
-        calls = {kind: partial(repeated, run, options.calls) for kind, run in runs.items()}
-        spent = measure(calls, options.repeats)
-        medians = {kind: statistics.median(times) / options.calls for kind, times in spent.items()}
-        for kind, ms in medians.items():
-            low, high = (pick(spent[kind]) / options.calls for pick in (min, max))
-            ratio = f"int8 is {ms / medians['int8']:.2f} x as fast"
-            console.print(f"  {kind}: {ms:.3f} ms ({low:.3f} to {high:.3f}), {ratio}")
-
-
-@torch.no_grad()
-def main() -> None:
-    """Gate, time, print."""
-    options = parse(Options, sys.argv[1:])
-    console = gpu_console("targets: int8 ffn 1.5 x fp8, 1.2 x fp8 compiled")
-    for tokens in map(int, options.tokens.split(",")):
-        for size in options.sizes.split(","):
-            width, inner = map(int, size.split("x"))
-            console.print(f"{tokens} tokens, {width} wide, {inner} in the feed-forward")
-            report(tokens, width, inner, options, console)
-
+main = partial(start, Options, report)
 
 if __name__ == "__main__":
     main()

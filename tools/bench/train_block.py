@@ -1,5 +1,6 @@
 """A clock and a floor for training, and one transformer block measured by them."""
 
+import gc
 import statistics
 import time
 from collections import defaultdict
@@ -11,10 +12,10 @@ from torch.autograd.forward_ad import unpack_dual
 
 from distill.jvp import jvp
 from distill.remat import rematerialize
+from tools.bench.timing import BF16_RATE
 from turbodiffusion.models.rope import rotary_table
 from turbodiffusion.models.wan import WanModel
 
-CEILING = 790e12
 COST = {"forward": (1, 1), "tangent": (2, 3), "training": (3, 3.5)}  # of linear layers and attention
 REST = "algebra, AdamW, average"
 
@@ -23,7 +24,7 @@ def floors(config: dict[str, int], tokens: int) -> dict[str, float]:
     """Seconds of a forward, of a tangent pass, and of a forward with its backward ("training")."""
     L, S, D, F, N = tokens, *(config[name] for name in ("text_length", "dim", "ffn_dim", "layers"))
     linear, attention = N * (4 * L * D * (3 * D + F) + 4 * S * D * D), N * 4 * L * D * (L + S)
-    return {name: (a * linear + b * attention) / CEILING for name, (a, b) in COST.items()}
+    return {name: (a * linear + b * attention) / BF16_RATE for name, (a, b) in COST.items()}
 
 
 class Clock:
@@ -59,6 +60,12 @@ class Clock:
     def gib(self, statistic: str = "memory_allocated") -> float:
         """Memory in use, or its peak "max_memory_allocated"; a CPU counts none."""
         return 0.0 if self.device.type == "cpu" else getattr(self.backend, statistic)(self.device) / 2**30
+
+    def forget(self) -> None:
+        """Drop networks that nothing needs, which their hooks hold, and the memory kept for them."""
+        gc.collect()
+        if self.device.type != "cpu":
+            self.backend.empty_cache()
 
     def reset_peak(self) -> None:
         """Count the peak from here."""
