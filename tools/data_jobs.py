@@ -15,17 +15,19 @@ from torch import Tensor
 from distill.shard_files import Keyed, Sample
 from tools.options import MISSING, parse
 from tools.video_clips import list_videos, read_clip
-from turbodiffusion.checkpoints import load_image_encoder, load_text_encoder, load_vae
+from turbodiffusion.checkpoints import load_image_encoder, load_vae
 from turbodiffusion.checkpoints.metadata import empty_module
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines import options as inference
 from turbodiffusion.pipelines.conditioning import prepare
-from turbodiffusion.pipelines.found import Found, load
+from turbodiffusion.pipelines.found import Found, load, load_texts
 from turbodiffusion.pipelines.generate import Clip, Encoded, Models, Pipeline, Watch, vae_chunk
+from turbodiffusion.pipelines.graphs import check_graph
 from turbodiffusion.pipelines.offload import check_offload
 from turbodiffusion.pipelines.prompts import Item, read_items
 from turbodiffusion.pipelines.request import choose_task, pick_device, pick_dtype, resolve
 from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, parse_size
+from turbodiffusion.pipelines.texts import cache_folder
 from turbodiffusion.pipelines.video_io import read_picture
 from turbodiffusion.variants import CONFIGS, Sampling
 
@@ -33,11 +35,11 @@ Mode = Enum("Mode", ["sample", "encode", "text", "negative"])
 Format = Enum("Format", ["tar", "safetensors"])
 
 MODELS = {"ckpt", "ckpt_low", "variant", "vae", "text_encoder", "tokenizer", "image_encoder"}
-ALWAYS = MODELS | {"mode", "dst", "device", "dtype", "offload"}
+ALWAYS = MODELS | {"mode", "dst", "device", "dtype", "offload", "text_cache"}
 SHARDED = {"format", "samples_per_shard", "batch"}
 PICTURE = {"size", "aspect", "frames"}
 SAMPLING = {"negative_prompt", "sampler", "steps", "guidance", "shift", "sigma_max", "boundary"}
-SAMPLING |= {"attention", "ratio", "block_q", "block_k", "drop_linear"}
+SAMPLING |= {"attention", "ratio", "block_q", "block_k", "drop_linear", "graph", "compile"}
 # what else each mode reads
 READS = {
     Mode.sample: SHARDED | PICTURE | SAMPLING | {"prompt_file", "repeat", "seed"},
@@ -64,23 +66,25 @@ class Options(inference.Options):
 
 
 def read(words: list[str]) -> Options:
-    """The options, device and dtype settled; UserError for what the mode does not read or can not be."""
+    """The options, no "auto" left among how to run; UserError for what a mode does not read or can not be."""
     cfg = OmegaConf.load(CONFIGS / "infer.yaml")
     defaults = {field.name: cfg[field.name] for field in fields(inference.Options)}
-    options = parse(Options(**defaults), words)
+    # shards hold the texts: those of a whole set would only fill the user's cache
+    options = parse(Options(**{**defaults, "text_cache": "none"}), words)
     given = {word.partition("=")[0] for word in words}
     if foreign := given - ALWAYS - READS[options.mode]:
         raise UserError(f"{min(foreign)}= means nothing to mode={options.mode.name}: leave it away")
     for name in ("repeat", "samples_per_shard", "batch", "fps"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise UserError(f"{name}={value}: it must be greater than 0")
-    check_offload(options.offload)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     if options.device == "auto" and device.type != "cpu":
         # of several processes on a host each takes its own
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
-    return replace(options, device=str(device), dtype=str(dtype).removeprefix("torch."))
+    graph = check_graph(options.graph, device, check_offload(options.offload), compiled=options.compile)
+    settled = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "graph": str(graph).lower()}
+    return replace(options, **settled)
 
 
 @dataclass(frozen=True)
@@ -199,9 +203,7 @@ def pictures(files: Iterable[Path | None], size: Size) -> Tensor | None:
 
 def embed(pipeline: Pipeline, prompt: str) -> Sample:
     """A prompt alone, whatever others there are: a batch is padded to its longest text."""
-    encoder = pipeline.models.text_encoder
-    pipeline.residence.use(encoder)
-    return Sample(prompt, encoder([prompt])[0].bfloat16().cpu())
+    return Sample(prompt, pipeline.context(prompt, Watch(pipeline.device))[0].bfloat16().cpu())
 
 
 def keyed(numbers: Iterable[int], prompts: Sequence[str], encoded: Encoded, latents: Tensor) -> list[Keyed]:
@@ -223,17 +225,21 @@ def build(options: Options, found: Found, sampling: Sampling) -> Pipeline:
     device, offload = torch.device(options.device), check_offload(options.offload)
     home = device if offload == "none" else torch.device("cpu")
     take = load if options.mode is Mode.sample else load_encoders
-    models = take(found, device=home, dtype=pick_dtype(options.dtype, device))
-    return Pipeline(models, sampling, device=device, offload=offload)
+    dtype, texts = pick_dtype(options.dtype, device), cache_folder(options.text_cache)
+    models = take(found, device=home, dtype=dtype, text_cache=texts)
+    ways = {"offload": offload, "graph": options.graph == "true", "compile": options.compile}
+    return Pipeline(models, sampling, device=device, **ways)
 
 
-def load_encoders(found: Found, *, device: torch.device, dtype: torch.dtype) -> Models:
+def load_encoders(
+    found: Found, *, device: torch.device, dtype: torch.dtype, text_cache: Path | None
+) -> Models:
     """All models but the network, which is there in shape only and takes no memory."""
     reports, where = found.reports, {"device": device, "dtype": dtype}
     clip = reports.get("image_encoder")
     return Models(
         network=empty_module(reports["network"]),
         vae=load_vae(reports["vae"].path, **where),
-        text_encoder=load_text_encoder(reports["text_encoder"].path, tokenizer=found.tokenizer, **where),
+        text_encoder=load_texts(found, **where, text_cache=text_cache),
         image_encoder=clip and load_image_encoder(clip.path, **where),
     )

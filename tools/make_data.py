@@ -7,7 +7,7 @@
 
 sample: the teacher's own clips.  encode: real videos.  text: prompts alone.  negative: one prompt.
 The same command again makes the shards that are missing; under torchrun every process writes its own.
-Options that infer.py has too mean the same here; docs/data.md has the rest.
+Options that infer.py has too mean the same here, but text_cache is none unless given; docs/data.md has more.
 """
 
 import json

@@ -168,6 +168,43 @@ def test_texts_and_the_negative_prompt_are_what_the_encoder_says(make: Make, tmp
     assert torch.equal(read_context(tmp_path / "n.safetensors"), encoder(["ugly"])[0].bfloat16())
 
 
+def test_texts_are_kept_and_read_where_asked(teacher_set: Path, make: Make, tmp_path: Path) -> None:
+    cache = tmp_path / "texts"
+    assert make(*again(teacher_set, tmp_path / "data", f"text_cache={cache}"))[0] == 0
+    assert contents(tmp_path / "data") == contents(teacher_set / "data")
+    first, *others = sorted(cache.iterdir())
+    assert len(others) == 4  # four prompts and the negative one, which guidance needs
+    # no encoder would say that they are all the same
+    for other in others:
+        other.write_bytes(first.read_bytes())
+    words = ("mode=text", f"prompt_file={teacher_set / 'prompts.txt'}", "device=cpu", f"text_cache={cache}")
+    assert make(*words, f"dst={tmp_path / 'texts_alone'}")[0] == 0
+    made = torch.stack([each.context for each in samples(tmp_path / "texts_alone", text_only=True).values()])
+    assert torch.equal(made, made[:1].expand(4, -1, -1))
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_makes_the_same_clips(teacher_set: Path, make: Make, tmp_path: Path) -> None:
+    words = again(teacher_set, tmp_path, "compile=true")
+    torch.compiler.reset()
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
+        make(*words)  # is compiled
+    assert make(*words)[0] == 0
+    made, wanted = samples(tmp_path), samples(teacher_set / "data")
+    for key, sample in made.items():
+        # fp32 sums in another order, then bf16: of values of about 1, the last of its 8 bits
+        torch.testing.assert_close(sample.latents, wanted[key].latents, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_make_the_same_clips(teacher_set: Path, make: Make, tmp_path: Path) -> None:
+    sets = [tmp_path / graph for graph in ("false", "true")]
+    for dst in sets:
+        assert make(*again(teacher_set, dst, f"graph={dst.name}", "device=cuda", "dtype=float32"))[0] == 0
+    plain, recorded = map(samples, sets)
+    assert all(torch.equal(sample.latents, recorded[key].latents) for key, sample in plain.items())
+
+
 def test_a_broken_teacher_leaves_no_shard(teacher_set: Path, make: Make, tmp_path: Path) -> None:
     loaded = load_network(ASSETS / "wan_tiny.safetensors", **CPU)
     with torch.no_grad():
@@ -198,6 +235,9 @@ WRONG = {
         ["mode=sample", "dst=d", "prompt_file=p.txt", "ckpt=none.safetensors"],
         "does not exist",
     ),
+    "graph": (["mode=sample", "dst=d", "device=cpu", "graph=true"], "graph=true records"),
+    "compile": (["mode=sample", "dst=d", "compile=true", "offload=block"], "compile=true needs"),
+    "nothing to record": (["mode=text", "dst=d", "graph=true"], "graph= means nothing to mode=text"),
     "no videos": (["mode=encode", "dst=d"], "videos=FOLDER or csv=FILE"),
     "an empty folder": (["mode=encode", "dst=d", "videos=empty"], "names no video"),
     "no caption": (["mode=encode", "dst=d", "videos=bare"], "a.mp4 has no caption"),

@@ -84,7 +84,7 @@ def find(options: Options) -> Found:
 
 
 def load(found: Found, *, device: torch.device, dtype: torch.dtype, text_cache: Path | None = None) -> Models:
-    """The models, on the device.  A text_cache spares the text encoder, until a text is not in there."""
+    """The models, on the device; a text_cache as `load_texts` has it."""
 
     def load_network(path: Path, **where: object) -> WanModel:
         known = {"variant": found.variant.name, "quant": found.quant}
@@ -92,22 +92,31 @@ def load(found: Found, *, device: torch.device, dtype: torch.dtype, text_cache: 
         network.set_attention(found.attention, drop_linear=True)  # `find` has refused what was not asked for
         return network
 
-    def load_texts(path: Path, **where: object) -> TextEncoder | StoredTexts:
-        read = partial(checkpoints.load_text_encoder, path, tokenizer=found.tokenizer, **where)
-        if text_cache is None:
-            return read()
-        files = [fingerprint(file)["quick_sha256"] for file in (path, found.tokenizer) if file]
-        return StoredTexts(read, text_cache, " ".join([*files, str(dtype), device.type]))
-
     loaders = {
         "network": load_network,
         "network_low": load_network,
         "vae": checkpoints.load_vae,
-        "text_encoder": load_texts,
         "image_encoder": checkpoints.load_image_encoder,
     }
-    paths = {name: report.path for name, report in found.reports.items()}
-    return Models(**{name: loaders[name](path, device=device, dtype=dtype) for name, path in paths.items()})
+    where = {"device": device, "dtype": dtype}
+    models = {
+        name: read(found.reports[name].path, **where)
+        for name, read in loaders.items()
+        if name in found.reports
+    }
+    return Models(**models, text_encoder=load_texts(found, **where, text_cache=text_cache))
+
+
+def load_texts(
+    found: Found, *, device: torch.device, dtype: torch.dtype, text_cache: Path | None
+) -> TextEncoder | StoredTexts:
+    """The text encoder, on the device.  A text_cache spares it, until a text is not in there."""
+    path = found.reports["text_encoder"].path
+    read = partial(checkpoints.load_text_encoder, path, tokenizer=found.tokenizer, device=device, dtype=dtype)
+    if text_cache is None:
+        return read()
+    files = [fingerprint(file)["quick_sha256"] for file in (path, found.tokenizer) if file]
+    return StoredTexts(read, text_cache, " ".join([*files, str(dtype), device.type]))
 
 
 def stages(found: Found, size: Size, frames: int, dtype: torch.dtype, *, tiled: bool) -> tuple[Stage, ...]:
