@@ -3,8 +3,8 @@
     python -m tools.bench.int8_block tokens=32760,75600 shapes=1536x8960,5120x13824
 
 Shapes are width x feed-forward width.  A network's own functions run, once with layers in bf16, which others
-must be near, and once in 8 bits; `compiled` is torch.compile of either.  Floors are of int8, and of every
-tensor between kernels written and read.
+must be near, and in int8 and fp8; `compiled` is torch.compile of all of a part, for which fp8 tokens are
+quantised op by op.  Floors are of int8, and of every tensor between kernels written and read.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kernels import fp8_linear
+from kernels.reference import E4M3_MAX
 from tools.bench.timing import INT8_RATE, Run, Timing, compare, share_of, sizes, start
 from turbodiffusion.models.int8 import EightBitLinear, Fp8Linear, Int8Linear
 from turbodiffusion.models.projections import add_projected, modulated, projected
@@ -41,7 +42,9 @@ class OpenFp8Linear(Fp8Linear):
     """One that torch.compile sees through."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = fp8_linear.quantise_rows(x.flatten(0, -2))
+        rows = x.flatten(0, -2).float()
+        step = rows.abs().amax(-1) / E4M3_MAX
+        tokens = (rows / step.unsqueeze(-1)).to(self.weight.dtype), step
         return fp8_linear.library(*tokens, self.weight, self.scale, self.bias).view(*x.shape[:-1], -1)
 
 
@@ -75,7 +78,7 @@ class Layers(nn.Module):
         other = deepcopy(self)
         for name in ("q", "k", "v", "o", "up", "down"):
             setattr(other, name, kind.from_linear(getattr(self, name)))
-        if kind is Int8Linear:
+        if kind is not OpenFp8Linear:
             other.up.gelu, other.gelu = True, nn.Identity()
         return other
 
@@ -90,20 +93,18 @@ WORK: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]]] = {
 
 
 def runs(part: str, kinds: dict[str, Layers], inputs: list[Tensor], inner: int) -> dict[str, Run]:
-    """A part of a block with each kind of layers, as it is and, but for int8, compiled."""
+    """A part of a block with each kind of layers."""
     (_, tokens, width), (products, moved) = inputs[0].shape, WORK[part]
     calls = {kind: getattr(layers, part) for kind, layers in kinds.items()}
-    calls |= {
-        f"{kind} compiled": torch.compile(calls[kind], dynamic=False) for kind in kinds if kind != "int8"
-    }
-    least = {"work": 2 * tokens * products(width, inner), "moved": tokens * moved(width, inner)}
     truth = calls["bf16"](*inputs)
     share = share_of((truth,) if isinstance(truth, Tensor) else truth, ALLOWED)
-    run = partial(Run, **least, rate=INT8_RATE, share=share)
-    return {
-        name: run(partial(call, *inputs), targets=TARGETS.get(part, {}) if name == "int8" else {})
-        for name, call in calls.items()
-    }
+    least = {"work": 2 * tokens * products(width, inner), "moved": tokens * moved(width, inner)}
+    found = {}
+    for kind, call in calls.items():
+        form = torch.compile(call, dynamic=False) if kind.endswith("compiled") else call
+        targets = TARGETS.get(part, {}) if kind == "int8" else {}
+        found[kind] = Run(partial(form, *inputs), **least, rate=INT8_RATE, share=share, targets=targets)
+    return found
 
 
 def report(options: Options, console: Console) -> None:
@@ -113,9 +114,10 @@ def report(options: Options, console: Console) -> None:
             floats = Layers(width, inner).bfloat16()
             inputs = [torch.randn(1, tokens, width, dtype=torch.bfloat16) for _ in range(2)]
             inputs += [torch.randn(1, 1, width) for _ in range(3)]
-        kinds = {"bf16": floats, "int8": floats.in_numbers(Int8Linear)}
+        kinds = {"bf16": floats, "int8": floats.in_numbers(Int8Linear), "bf16 compiled": floats}
         if torch.cuda.get_device_capability() >= (8, 9):
-            kinds["fp8"] = floats.in_numbers(OpenFp8Linear)
+            kinds["fp8"] = floats.in_numbers(Fp8Linear)
+            kinds["fp8 compiled"] = floats.in_numbers(OpenFp8Linear)
         for part in WORK:
             console.print(f"{tokens} tokens, {width} wide, {inner} in the feed-forward: {part}")
             compare(runs(part, kinds, inputs, inner), options, console)

@@ -163,7 +163,7 @@ def time_mode(options: Options, mode: str, example: Example, clock: Clock) -> di
             if not k:
                 clock.reset_peak()
     medians = {}
-    for key in dict.fromkeys(key for turn in turns for key in turn):
+    for key in dict.fromkeys(key for turn in turns[1:] for key in turn):
         seen = [turn[key] for turn in turns[1:] if key in turn]
         is_rollout = key[1] == "rollout"
         of_passes = statistics.median([seconds for turn in seen for seconds in turn])
@@ -173,7 +173,8 @@ def time_mode(options: Options, mode: str, example: Example, clock: Clock) -> di
 
 def show(columns: dict[str, dict[Key, float]], console: Console) -> None:
     """The table: parts, then turns and steps; of rCM the floor beside them."""
-    keys = dict.fromkeys(key for column in reversed(columns.values()) for key in column)
+    found = dict.fromkeys(key for column in columns.values() for key in column)
+    keys = [key for key in PARTS if key in found] + [key for key in found if key not in PARTS]
     table = Table("loss", "seconds of", *columns)
     for key in keys:
         table.add_row(*key, *(f"{column[key]:.3f}" for column in columns.values()))
