@@ -1,6 +1,7 @@
 """The memory plan's estimates against every tensor that really lives, counted on the meta device."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,21 +10,25 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from turbodiffusion.checkpoints import Report
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import decode_bytes, longest_chunk
 from turbodiffusion.models.wan import WanModel
+from turbodiffusion.pipelines.found import Found, stages
 from turbodiffusion.pipelines.generate import vae_chunk
 from turbodiffusion.pipelines.memory import (
     GIB,
     RUNTIME,
+    Plan,
     constant_bytes,
     denoise_bytes,
     free_memory,
     streamed_text_bytes,
 )
 from turbodiffusion.pipelines.offload import Residence
+from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.variants import CONFIGS, variants
 
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -138,6 +143,26 @@ def test_the_vae_takes_what_the_plan_says(name: str, frames: int, size: tuple[in
     planned = clip + decode_bytes(vae, shape)
     assert 1 <= planned / decoding.peak < 1.6  # convolutions' workspaces have to find room too
     assert planned / encoding.peak >= 1
+
+
+@torch.no_grad()
+def test_the_smallest_video_model_is_planned_into_8_gib_block_by_block() -> None:
+    row = variants()["wan2.1_t2v_1.3b"]
+    sizes = yaml.safe_load((CONFIGS / "vae" / "wan2.1.yaml").read_text())
+    sizes.pop("_target_")
+    with META:
+        models = {"network": WanModel(**row.network), "vae": VideoVAE(**sizes)}
+        models["text_encoder"] = TextEncoder(tokenizer=ByteTokenizer())
+    reports = {}
+    for kind, model in models.items():
+        count = sum(2 * p.numel() for p in model.parameters())
+        reports[kind] = Report(Path(), kind, "ours", "", {BF16: (1, count)}, [], config=model.config)
+    found = Found(row, row.sampling, {}, "none", reports, None)
+    work = stages(found, Size(832, 480), 81, BF16, tiled=False)
+    plan = Plan(work, "block", tiled=False, free=8 * GIB - RUNTIME, host_free=None)
+    assert plan.fits("block")
+    # the whole text encoder alone is 10.6 GiB
+    assert not plan.fits("stage")
 
 
 @pytest.mark.parametrize(("spare", "wanted"), [(0, 1), (4 * GIB, 3), (8 * GIB, 6), (60 * GIB, 7)])
