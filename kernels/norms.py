@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import reference_norms
 from kernels.block_sparse_int8 import are_differentiated
+from kernels.fp8_linear import has_e4m3
 from kernels.selftest import error_share, first_sound, is_unfused, poisoned
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,10 +39,12 @@ def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor,
 
     Raises ValueError where a derivative is asked for.
     """
-    _check_signals(x, shift, scale)
-    if are_differentiated(x, shift, scale):
-        raise ValueError("8-bit numbers have no derivatives; call it under torch.no_grad()")
-    return _choose(reference_norms.norm_modulate_int8, x, shift, scale)(x, shift, scale)
+    return _quantised(reference_norms.norm_modulate_int8, x, shift, scale)
+
+
+def norm_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same to e4m3, as by quantise_rows of kernels/fp8_linear.py."""
+    return _quantised(reference_norms.norm_modulate_fp8, x, shift, scale, runs=has_e4m3(x.device))
 
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,6 +66,16 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if y.shape != x.shape:
         raise ValueError(f"got y {tuple(y.shape)}, wanted x's {tuple(x.shape)}")
     return _choose(reference_norms.add_gated, x, y, gate)(x, y, gate)
+
+
+def _quantised(
+    twin: Op, x: Tensor, shift: Tensor, scale: Tensor, *, runs: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The twin's numbers and steps; runs: whether its kernel does there."""
+    _check_signals(x, shift, scale)
+    if are_differentiated(x, shift, scale):
+        raise ValueError("8-bit numbers have no derivatives; call it under torch.no_grad()")
+    return (_choose(twin, x, shift, scale) if runs else twin)(x, shift, scale)
 
 
 def _check_signals(x: Tensor, *signals: Tensor) -> None:
@@ -102,8 +115,8 @@ def _sound(twin: Op, fused: Op, device: torch.device, *forms: tuple[tuple[int, .
 
 
 def values(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Outputs, or the numbers that int8 ones and their steps stand for."""
+    """Outputs, or the numbers that those of 8 bits and their steps stand for."""
     if isinstance(outputs, Tensor):
         return (outputs,)
     first, second = outputs
-    return (first.double() * second.unsqueeze(-1),) if first.dtype == torch.int8 else outputs
+    return (first.double() * second.unsqueeze(-1),) if first.dtype.itemsize == 1 else outputs

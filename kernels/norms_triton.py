@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from kernels import reference_norms
-from kernels.rows_triton import SPAN, load_row, load_tile, options, step_of, store_counts, store_tile
+from kernels.rows_triton import SPAN, load_row, load_tile, options, store_quantised, store_tile
 
 EPS = tl.constexpr(reference_norms.EPS)
 # side by side in a thread, where rows end in 8 bits.  Left alone, the compiler has 16 to store, and a warp's
@@ -46,7 +46,7 @@ def modulate_kernel(
 ):  # fmt: skip
     """LayerNorm of rows of x (B, L, K), times 1 + scale, plus shift, both (B, L if PER_TOKEN else 1, K).
 
-    Rounded to y; or, if step_ptr is given, in steps (B, L).
+    Rounded to y; or, if step_ptr is given, in steps (B, L), by store_quantised.
     """
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * SPAN
@@ -61,9 +61,7 @@ def modulate_kernel(
             shift = load_tile(shift_ptr + place, i, K, CHUNK)
             y += (x[i] * inverse * (1 + scale) + shift,)
         if step_ptr is not None:
-            step = step_of(y)
-            tl.store(step_ptr + row, step)
-            store_counts(y_ptr + row * K, y, step, K, CHUNK)
+            store_quantised(y_ptr + row * K, step_ptr + row, y, K, CHUNK)
         else:
             for i in tl.static_range(len(y)):
                 store_tile(y_ptr + row * K, y[i], i, K, CHUNK)
@@ -113,13 +111,17 @@ def add_kernel(
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """By modulate_kernel."""
-    return _modulate(x, shift, scale, x.dtype, None)
+    return _modulate(x, shift, scale, x.dtype)[0]
 
 
 def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """By modulate_kernel."""
-    step = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    return _modulate(x, shift, scale, torch.int8, step), step
+    return _modulate(x, shift, scale, torch.int8)
+
+
+def norm_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """By modulate_kernel."""
+    return _modulate(x, shift, scale, torch.float8_e4m3fn)
 
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,9 +137,11 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return _launch(add_kernel, x, x.dtype, *others, PER_TOKEN=gate.shape[1] != 1)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, step: Tensor | None) -> Tensor:
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """In that dtype; and the steps, if it has 8 bits."""
+    step = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if dtype.itemsize == 1 else None
     others = _spread(shift, x), _spread(scale, x), step
-    return _launch(modulate_kernel, x, dtype, *others, PER_TOKEN=scale.shape[1] != 1)
+    return _launch(modulate_kernel, x, dtype, *others, PER_TOKEN=scale.shape[1] != 1), step
 
 
 def _spread(signal: Tensor, x: Tensor) -> Tensor:
@@ -150,7 +154,7 @@ def _launch(
 ) -> Tensor:
     """What a kernel makes of x (B, L, K) and whatever else."""
     (B, L, K), y = x.shape, torch.empty(x.shape, dtype=dtype, device=x.device)
-    constants |= options(K, COUNTS) if dtype == torch.int8 else options(K)
+    constants |= options(K, COUNTS) if dtype.itemsize == 1 else options(K)
     with torch.cuda.device_of(x):
         kernel[triton.cdiv(L, SPAN), B](x.contiguous(), *others, y, L, **constants)
     return y

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from kernels import reference_int8
+from kernels import fp8_linear, reference_int8
 from kernels.reference import widen
 
 EPS = 1e-6
@@ -22,6 +22,11 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def norm_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """reference_int8.quantise_rows of what norm_modulate gives, before that is rounded."""
     return reference_int8.quantise_rows(_modulate(x, shift, scale))
+
+
+def norm_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """fp8_linear.quantise_plainly of what norm_modulate gives, before that is rounded."""
+    return fp8_linear.quantise_plainly(_modulate(x, shift, scale))
 
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

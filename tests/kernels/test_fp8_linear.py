@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fp8_linear import E4M3, Trial, fp8_linear, library, quantise_rows, twin
+from kernels.fp8_linear import E4M3, Trial, fp8_linear, library, quantise_plainly, quantise_rows, twin
+from kernels.int8_linear import Tokens, quantise_tokens
 from tests.kernels.judging import DEVICE
 
 ON_GPU = pytest.mark.skipif(
@@ -70,6 +71,14 @@ def test_any_axes_any_float_and_gelu() -> None:
     assert torch.equal(fp8_linear(x, weight, step, gelu=True), F.gelu(got, approximate="tanh"))
 
 
+def test_tokens_quantised_before_are_the_same() -> None:
+    x, layer = torch.randn(2, 3, 48).bfloat16(), quantise_rows(torch.randn(20, 48))
+    tokens = Tokens(*quantise_rows(x), x.dtype)
+    assert torch.equal(fp8_linear(tokens, *layer), fp8_linear(x, *layer))
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 in torch\.int8"):
+        fp8_linear(quantise_tokens(x), *layer)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_not_finite_give_nan_and_no_other_does(bad: float) -> None:
     x, weight = torch.randn(5, 48, device=DEVICE), torch.randn(16, 48, device=DEVICE)
@@ -90,7 +99,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         fp8_linear(torch.randn(2, 23), weight, step)
     with pytest.raises(ValueError, match="wanted"):
         fp8_linear(torch.randn(2, 24), weight, step[:-1])
-    with pytest.raises(ValueError, match=r"wanted floats, torch\.float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"wanted floats in torch\.float8_e4m3fn, torch\.float8_e4m3fn"):
         fp8_linear(torch.randn(2, 24), weight.float(), step)
     with pytest.raises(ValueError, match=r"torch\.bfloat16; wanted"):
         fp8_linear(torch.randn(2, 24), weight, step.bfloat16())
@@ -124,6 +133,14 @@ def test_pytorchs_products_are_the_twins(shape: tuple[int, int, int], has_bias: 
     # a rounding to bf16, 2^-8 / sqrt(12) of a number's binade, and Hopper's sums: K / 32 additions, each cut
     # to 14 bits of what the largest product is
     assert (got - truth).norm() < 5e-3 * truth.norm()
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_on_a_gpu_are_the_twins(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4099, 8960, device="cuda").to(dtype)
+    assert all(map(torch.equal, quantise_rows(x), quantise_plainly(x)))
 
 
 @ON_GPU

@@ -82,10 +82,15 @@ def test_hopper_kernel_keeps_products_in_flight(finish: str, rows: int, columns:
 
 
 @pytest.mark.parametrize("width", [1536, 5120, 8960, 13824])
+@pytest.mark.parametrize("numbers", ["*i8", "*fp8e4nv"])
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_quantisation_reads_vectors(capability: int, width: int) -> None:
-    types = {"x_ptr": "*bf16", "y_ptr": "*i8", "step_ptr": "*fp32"}
+def test_quantisation_reads_vectors(capability: int, numbers: str, width: int) -> None:
+    if numbers == "*fp8e4nv" and capability < 89:
+        pytest.skip("no e4m3 on this GPU")
+    types = {"x_ptr": "*bf16", "y_ptr": numbers, "step_ptr": "*fp32"}
     options = rows_triton.quantise_options(width)
     kernel = compile_kernel(rows_triton.quantise_kernel, types, options, capability)
     assert "ld.global.v4" in kernel.asm["ptx"]
     assert "fma" not in kernel.asm["ptx"]
+    # to the nearest even, and no further than 448
+    assert ("cvt.rn.satfinite.e4m3x2.f" in kernel.asm["ptx"]) == (numbers == "*fp8e4nv")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import int8_linear_triton as kernels
 from kernels import reference_int8, rows_triton
+from kernels.fp8_linear import E4M3, has_e4m3, quantise_plainly
 from kernels.int8_linear import (
     Trial,
     int8_linear,
@@ -29,6 +30,8 @@ SMALL = [(1, 16, 8), (63, 176, 72), (65, 80, 130), (130, 48, 33)]
 WIDTHS = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120), (1541, 999)]
 LARGE = [(M, K, N) for (K, N), M in product(WIDTHS, (1, 65, 4101))] + [(32760, 1536, 8960)]
 CASES = [*SMALL, *LARGE] if GPU else SMALL
+NUMBERS = {torch.int8: reference_int8.quantise_rows}
+NUMBERS |= {E4M3: quantise_plainly} if has_e4m3(torch.device(DEVICE)) else {}
 # in the interpreter, which takes any, the others' way with descriptors too
 TINY = [
     kernels.PORTABLE,
@@ -50,12 +53,29 @@ def draw(M: int, K: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_rows_are_quantised_as_by_the_twin(case: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_rows_are_quantised_as_by_the_twin(
+    case: tuple[int, int, int], numbers: torch.dtype, dtype: torch.dtype
+) -> None:
     x, _, _ = draw(*case, dtype)
     x[-1] = 0
-    for got, wanted in zip(rows_triton.quantise_rows(x), reference_int8.quantise_rows(x), strict=True):
+    for got, wanted in zip(rows_triton.quantise_rows(x, numbers), NUMBERS[numbers](x), strict=True):
         assert got.dtype == wanted.dtype
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.skipif(E4M3 not in NUMBERS, reason="no e4m3 on this GPU")
+def test_every_number_of_e4m3_and_every_middle_is_rounded_to_the_even() -> None:
+    every = torch.arange(127).to(torch.uint8).view(E4M3).double()
+    middles, near = (every[1:] + every[:-1]) / 2, every.diff() * 2**-18
+    # the largest is 448, so that steps are 1: of these sizes, products with them are exact
+    x = torch.cat([every, middles, middles - near, middles + near])
+    x = torch.cat([x, -x]).to(DEVICE, FP32)
+    got, step = rows_triton.quantise_rows(x.unsqueeze(0), E4M3)
+    assert step.item() == 1
+    even = torch.where(torch.arange(126) % 2 == 0, every[:-1], every[1:])
+    wanted = torch.cat([every, even, every[:-1], every[1:]])
+    assert torch.equal(got.cpu()[0].double(), torch.cat([wanted, -wanted]))
 
 
 def test_halves_are_rounded_to_the_even() -> None:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8_linear import quantise_tokens
-from kernels.norms import add_gated, norm_modulate, norm_modulate_int8, norm_rotate
+from kernels import fp8_linear, int8_linear
+from kernels.norms import add_gated, norm_modulate, norm_modulate_fp8, norm_modulate_int8, norm_rotate
 from kernels.reference_norms import rotate
 from turbodiffusion.models.layers import RMSNorm
 from turbodiffusion.models.rope import rotary_table
@@ -50,12 +50,15 @@ def test_gated_sum_is_the_networks(dtype: torch.dtype, tokens: int) -> None:
     assert torch.equal(add_gated(x, y, gate), torch.addcmul(x, y, gate.to(dtype)))
 
 
-def test_quantised_modulation_is_the_quantised_sum() -> None:
+@pytest.mark.parametrize(
+    ("op", "quantise"),
+    [(norm_modulate_int8, int8_linear.quantise_rows), (norm_modulate_fp8, fp8_linear.quantise_rows)],
+)
+def test_quantised_modulation_is_the_quantised_sum(op: Callable, quantise: Callable) -> None:
     x, _, shift, scale = draw(FP32)
-    counts, steps = norm_modulate_int8(x, shift, scale)
-    wanted = quantise_tokens(norm_modulate(x, shift, scale))
-    assert torch.equal(counts, wanted.counts)
-    assert torch.equal(steps, wanted.steps)
+    wanted = quantise(norm_modulate(x, shift, scale).flatten(0, 1))
+    for got, rows in zip(op(x, shift, scale), wanted, strict=True):
+        assert torch.equal(got.flatten(0, 1), rows)
 
 
 def rotated(x: Tensor, weight: Tensor) -> Tensor:
@@ -71,10 +74,11 @@ def test_derivatives_both_ways(op: Callable[..., Tensor], inputs: tuple[int, ...
     assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True, fast_mode=True)
 
 
-def test_8_bits_refuse_derivatives() -> None:
+@pytest.mark.parametrize("op", [norm_modulate_int8, norm_modulate_fp8])
+def test_8_bits_refuse_derivatives(op: Callable) -> None:
     x, _, shift, scale = draw(FP32)
     with pytest.raises(ValueError, match="no derivatives"):
-        norm_modulate_int8(x.requires_grad_(), shift, scale)
+        op(x.requires_grad_(), shift, scale)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -11,10 +11,12 @@ from tests.kernels.compiling import SHARED_BYTES, compile_kernel
 
 FP32_POINTERS = ("shift_ptr", "scale_ptr", "gate_ptr", "step_ptr", "cos_ptr", "sin_ptr", "weight_ptr")
 EIGHT_BITS = "modulation to 8 bits"
+E4M3 = f"{EIGHT_BITS}, e4m3"
 KERNELS = {
     "modulation": (norms.modulate_kernel, {"PER_TOKEN": False, "step_ptr": None}),
     EIGHT_BITS: (norms.modulate_kernel, {"PER_TOKEN": False}),
     f"{EIGHT_BITS} by token": (norms.modulate_kernel, {"PER_TOKEN": True}),
+    E4M3: (norms.modulate_kernel, {"PER_TOKEN": False}),
     "rotated norm": (norms.rotate_kernel, {"D": 128}),
     "gated sum": (norms.add_kernel, {"PER_TOKEN": False}),
 }
@@ -24,7 +26,7 @@ def compile_norm(name: str, width: int, capability: int) -> CompiledKernel:
     kernel, options = KERNELS[name]
     types = {x: "*fp32" if x in FP32_POINTERS else "*bf16" for x in kernel.arg_names if x.endswith("_ptr")}
     if name.startswith(EIGHT_BITS):
-        types["y_ptr"] = "*i8"
+        types["y_ptr"] = "*fp8e4nv" if name == E4M3 else "*i8"
     return compile_kernel(kernel, types, options | tiles(name, width), capability)
 
 
@@ -35,6 +37,8 @@ def tiles(name: str, width: int) -> dict[str, int]:
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_compiles_for_the_gpu(name: str, capability: int) -> None:
+    if name == E4M3 and capability < 89:
+        pytest.skip("no e4m3 on this GPU")
     kernel = compile_norm(name, 1536, capability)
     assert kernel.asm["cubin"]
     # one warp to a row: nothing to exchange, and nothing to wait for

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kernels import norms, reference_norms
+from kernels import fp8_linear, norms, reference_norms
 from kernels import norms_triton as kernels
 from kernels.selftest import unfused
 from tests.kernels.judging import DEVICE, GPU, widen
@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # widths of Wan, a power of two, of small networks and of no tile, with those of heads
 WIDTHS = {1536: 128, 5120: 128, 3072: 96, 256: 64, 96: 12, 1542: 6, 20: 10}
+HAS_E4M3 = fp8_linear.has_e4m3(torch.device(DEVICE))
 # what fp32 loses, of a row's largest number: some 20 roundings
 LOSS = 20 * 2**-24
 # two samples, with tokens left over by whole programs
@@ -62,6 +63,22 @@ def test_rotated_norms(width: int, dtype: torch.dtype) -> None:
     judge("norm_rotate", x, weight[0, 0], *draw_table(width))
 
 
+@pytest.mark.skipif(not HAS_E4M3, reason="no e4m3 on this GPU")
+@pytest.mark.parametrize("is_per_token", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_e4m3_numbers_are_the_nearest(width: int, is_per_token: bool) -> None:
+    x, _, shift, scale = draw(width, BF16, SHAPE[1] if is_per_token else 1)
+    numbers, steps = kernels.norm_modulate_fp8(x, shift, scale)
+    truth = reference_norms.norm_modulate(*widen((x, shift, scale)))
+    assert numbers.dtype == fp8_linear.E4M3
+    torch.testing.assert_close(steps.double(), truth.abs().amax(-1) / 448, rtol=LOSS, atol=0)
+    truth = truth / steps.double().unsqueeze(-1)
+    # half of what is between neighbours, of which there are 8 in a binade, and the smallest is 2^-6
+    exponent = torch.frexp(truth.abs()).exponent - 1
+    half = 2.0 ** (exponent.clamp(min=-6).double() - 4)
+    assert ((numbers.double() - truth).abs() <= half + 448 * LOSS).all()
+
+
 @pytest.mark.parametrize("is_per_token", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("width", WIDTHS)
@@ -88,9 +105,10 @@ def test_rows_that_are_not_finite_give_nan_and_no_other_does(bad: float) -> None
     x[1, 2, 7] = bad
     # alone in a first tile, which the others' numbers must not hide
     shift[0, 0, 5] = torch.nan
-    steps = kernels.norm_modulate_int8(x, shift, scale)[1]
-    assert steps[0].isnan().all()
-    assert steps[1].isnan().nonzero().tolist() == [[2]]
+    for op in (kernels.norm_modulate_int8, *([kernels.norm_modulate_fp8] if HAS_E4M3 else [])):
+        steps = op(x, shift, scale)[1]
+        assert steps[0].isnan().all()
+        assert steps[1].isnan().nonzero().tolist() == [[2]]
 
 
 @pytest.mark.parametrize("op", [norms.norm_modulate, lambda *args: norms.add_gated(args[0], *args)])
@@ -111,6 +129,8 @@ def test_public_ops_run_the_kernels() -> None:
         "norm_rotate": (x, shift[0, 0], *draw_table(256)),
         "add_gated": (x, y, scale),
     }
+    if HAS_E4M3:
+        inputs["norm_modulate_fp8"] = x, shift, scale
     for name, args in inputs.items():
         pairs = zip(*(norms.values(getattr(place, name)(*args)) for place in (norms, kernels)), strict=True)
         assert all(torch.equal(got, wanted) for got, wanted in pairs), name

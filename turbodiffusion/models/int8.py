@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class EightBitLinear(nn.Module):
     """nn.Linear with weights in 8 bits, which quantises tokens as they come and has no derivatives.
 
-    x (..., in) -> (..., out) in x's dtype.  weight (out, in) counts in steps, scale (out,) fp32; bias (out,)
-    is as it was.  gelu: tanh's GELU follows.  quantise: rows of floats to numbers and steps.
+    x (..., in), or Tokens quantised before, -> (..., out) in x's dtype.  weight (out, in) counts in steps,
+    scale (out,) fp32; bias (out,) is as it was.  gelu: tanh's GELU follows.  quantise: rows of floats to
+    numbers and steps.
     """
 
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -44,7 +45,7 @@ class EightBitLinear(nn.Module):
 
 
 class Int8Linear(EightBitLinear):
-    """In int8, of even steps; also of tokens quantised before.
+    """In int8, of even steps.
 
     add (B, L, out): add + gate times the outputs, gate (B or 1, L or 1, out).
     """
@@ -65,7 +66,7 @@ class Fp8Linear(EightBitLinear):
     quantise = staticmethod(fp8_linear.quantise_rows)
 
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Tokens) -> Tensor:
         return fp8_linear.fp8_linear(x, self.weight, self.scale, self.bias, gelu=self.gelu)
 
 

@@ -4,32 +4,35 @@ A block calls the same functions whatever its layers are: what a layer in 8 bits
 made, and such a layer finishes what its outputs are for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kernels.int8_linear import Tokens, int8_linears
-from kernels.norms import add_gated, norm_modulate, norm_modulate_int8
-from turbodiffusion.models.int8 import Int8Linear
+from kernels.norms import add_gated, norm_modulate, norm_modulate_fp8, norm_modulate_int8
+from turbodiffusion.models.int8 import Fp8Linear, Int8Linear
 from turbodiffusion.models.layers import LayerNorm
 
 # width up to which the last tiles of one layer leave much of a GPU idle; of wider ones, one product would
 # save nothing, and keep the outputs of all in memory together
 JOINED = 2048
 PARTS = ("weight", "scale", "bias")  # of a layer
+# norm_modulate to the numbers that layers of a kind read
+QUANTISED = {Int8Linear: norm_modulate_int8, Fp8Linear: norm_modulate_fp8}
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, *readers: nn.Module) -> Tensor | Tokens:
-    """norm_modulate for the layers that read it: in 8 bits, once, if all of them are."""
-    if _are_int8(readers):
-        return Tokens(*norm_modulate_int8(x, shift, scale), x.dtype)
-    return norm_modulate(x, shift, scale)
+    """norm_modulate for the layers that read it: in 8 bits, once, if all of them are, of one kind."""
+    quantised = _quantised_for(readers)
+    if quantised is None:
+        return norm_modulate(x, shift, scale)
+    return Tokens(*quantised(x, shift, scale), x.dtype)
 
 
 def normed(x: Tensor, norm: LayerNorm, reader: nn.Module) -> Tensor | Tokens:
     """norm(x), whose eps is the kernels', for the layer that reads it: in 8 bits if that is."""
-    if not _are_int8([reader]):
+    if _quantised_for([reader]) is None:
         return norm(x)
     bias, weight = (parameter.float().view(1, 1, -1) for parameter in (norm.bias, norm.weight))
     return modulated(x, bias, weight - 1, reader)
@@ -60,6 +63,11 @@ def add_projected(x: Tensor, y: Tensor | Tokens, layer: nn.Module, gate: Tensor 
     if _are_int8([layer]):
         return layer(y, add=x, gate=gate)
     return x + layer(y) if gate is None else add_gated(x, layer(y), gate)
+
+
+def _quantised_for(readers: Sequence[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    kinds = {type(reader) for reader in readers}
+    return QUANTISED.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def _are_int8(layers: Sequence[nn.Module]) -> bool:
