@@ -166,7 +166,9 @@ class EncodedClips:
 
     def __post_init__(self):
         if min(self.clips, self.held_out) < 1:
-            raise UserError(f"got clips={self.clips} and held_out={self.held_out}, wanted at least one of each")
+            raise UserError(
+                f"got clips={self.clips} and held_out={self.held_out}, wanted at least one of each"
+            )
 
     def load(self, vae: VideoVAE, text_encoder: TextEncoder) -> tuple[LatentClips, LatentClips]:
         """The training clips, and held-out combinations in batches of all of them, on the VAE's device."""

@@ -27,7 +27,7 @@ ALLOWED = 1e-4
 
 
 class Tokens(NamedTuple):
-    """Tokens in 8 bits, for all the layers that read them: counts (..., K) int8 of steps (...) fp32.
+    """Tokens in 8 bits, for all layers that read them: counts (..., K), int8 or e4m3, of steps (...) fp32.
 
     dtype: what they were, and what layers give.
     """

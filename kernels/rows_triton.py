@@ -69,7 +69,7 @@ def _told_from_middles(y):
 def store_quantised(y_ptr, step_ptr, tiles, K: tl.constexpr, CHUNK: tl.constexpr):
     """A row in steps, which take its largest number to 127 of int8, or 448 of e4m3, to the nearest even.
 
-    The step, and with it every number that the row stands for, is NaN if one of its numbers is.
+    The step, and with it every number that the row stands for, is NaN if one of its numbers is not finite.
     """
     is_int8: tl.constexpr = y_ptr.dtype.element_ty == tl.int8
     largest = tl.abs(tiles[0])
@@ -79,6 +79,7 @@ def store_quantised(y_ptr, step_ptr, tiles, K: tl.constexpr, CHUNK: tl.constexpr
     largest = tl.max(largest.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
     largest = tl.maximum(largest, TINY, propagate_nan=tl.PropagateNan.ALL)
     step = largest * (1 / (127 if is_int8 else E4M3_MAX))
+    step += 0 * step  # NaN, not infinite: a count may be -1, whatever is not finite
     tl.store(step_ptr, step)
     inverse = tl.math.div_rn(1.0, step)
     for i in tl.static_range(len(tiles)):

@@ -122,9 +122,7 @@ def test_defaults_of_tuning_are_the_published_ones(experiment: str):
     assert got | {"objective": method(tree)} == TUNED[experiment]
 
 
-@pytest.mark.parametrize(
-    ("dense", "sizes"), [("rcm_tiny", (0.1, 8, 8)), ("rcm_wan1_3b", (0.1, 64, 64))]
-)
+@pytest.mark.parametrize(("dense", "sizes"), [("rcm_tiny", (0.1, 8, 8)), ("rcm_wan1_3b", (0.1, 64, 64))])
 def test_a_sparse_student_is_distilled_as_a_dense_one(dense: str, sizes: tuple[float, int, int]):
     sparse = dense.replace("rcm", "rcm_sla")
     ours, theirs = composed(sparse), composed(dense)
