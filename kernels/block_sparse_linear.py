@@ -193,7 +193,7 @@ class _Trial(Trial):
             [x.double() for x in self.inputs],
             self.g.double(),
         )
-        for grad, more in zip(grads, (*truth["queries"], *truth["keys"]), strict=False):
+        for grad, more in zip(grads[:3], (*truth["queries"], *truth["keys"]), strict=True):
             grad += more
         return (out, *grads) if is_differentiated else (out,)
 
