@@ -269,9 +269,10 @@ def test_every_role_computes_in_the_same_precision():
         model.register_forward_pre_hook(
             lambda module, args, role=role: note(f"{role} x and time", args[0].dtype, args[1].dtype)
         )
-        model.blocks[0].ffn[2].register_forward_hook(
-            lambda module, args, out, role=role: note(f"{role} ffn", args[0].dtype, out.dtype)
-        )
+        for layer in model.blocks[0].ffn:
+            layer.register_forward_hook(
+                lambda module, args, out, role=role: note(f"{role} ffn", args[0].dtype, out.dtype)
+            )
         model.blocks[0].register_forward_pre_hook(
             lambda module, args, role=role: note(
                 f"{role} tokens and modulation", *(a.dtype for a in args[:2])
