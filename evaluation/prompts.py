@@ -20,6 +20,7 @@ class Prompt:
     """name: of its files, less sample and suffix.  dimensions: of VBench that look at it; None, all.
 
     index: its place in the file it came from.  auxiliary: what dimensions need beside the text, by dimension.
+    image: the name of its first frame's file.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Prompt:
     index: int = 0
     dimensions: frozenset[str] | None = None
     auxiliary: Mapping[str, object] = field(default_factory=dict)
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def read_prompts(path: Path) -> Suite:
     """The prompts of a file; UserError says what is wrong with it and where.
 
     .txt: a prompt a line.  .json: `{file: prompt}`, or VBench_full_info.json, which upstream ships.
-    .jsonl: objects with `prompt` and, if wanted, `name`, `dimension` and `auxiliary_info`.
+    .jsonl: objects with `prompt` and, if wanted, `name`, `dimension`, `auxiliary_info` and `image`.
     """
     if not path.is_file():
         raise UserError(f"the prompt file {path} does not exist")
@@ -120,7 +122,11 @@ def _prompt(entry: object, index: int, where: str) -> Prompt:
         raise UserError(f"{where}: `auxiliary_info` must be an object and `dimension` a list")
     if unknown := sorted({str(each) for each in dimensions or ()} - DIMENSIONS.keys()):
         raise UserError(f"{where}: there is no dimension {', '.join(unknown)}")
-    return Prompt(name, text, index, None if dimensions is None else frozenset(dimensions), auxiliary)
+    image = entry.get("image_name", entry.get("image"))
+    if not isinstance(image, str | None):
+        raise UserError(f"{where}: `image` must be the name of a file")
+    theirs = None if dimensions is None else frozenset(dimensions)
+    return Prompt(name, text, index, theirs, auxiliary, image)
 
 
 def _merged(old: Prompt, new: Prompt) -> Prompt:

@@ -94,10 +94,10 @@ def ranks() -> tuple[int, int, int]:
 def wait_for_all(world: int) -> None:
     """Return once every rank has come here."""
     if world > 1:
-        # shares end days apart at worst; a rank that dies is torchrun's to notice
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        if not distributed.is_initialized():
+            # shares end days apart at worst; a rank that dies is torchrun's to notice
+            distributed.init_process_group("gloo", timeout=timedelta(days=30))
         distributed.barrier()
-        distributed.destroy_process_group()
 
 
 def _decoded(tasks: Sequence[Task], device: torch.device) -> Iterator[tuple[Task, Future[Footage]]]:

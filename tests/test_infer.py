@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 import infer
 from turbodiffusion import checkpoints
@@ -273,3 +274,95 @@ def test_a_file_that_can_not_grow_leaves_nothing(files: dict[str, str], tmp_path
     assert "Traceback" not in err
     assert "a.mp4 could not be written" in err.rstrip("\n").split("\n")[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+EVALUATION = ("prompt=null", "dims=[temporal_flickering]")
+
+
+def test_an_evaluation_generates_what_is_missing_and_scores_all(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    (tmp_path / "long.txt").write_text("a very fluffy cat\na very old dog\n")
+    words = (
+        f"prompt_file={tmp_path / 'p.txt'}",
+        f"augmented={tmp_path / 'long.txt'}",
+        "num_samples=2",
+        "seed=3",
+    )
+    made = tmp_path / "out" / "videos"
+    outcome = run("evaluation=custom", *EVALUATION, *words)
+    assert outcome.code == 0, outcome.err
+    records = {path.stem: json.loads(path.read_text())["options"] for path in made.glob("*.json")}
+    # named after the prompt, made from the longer one, seeded as VBench's own samples
+    assert {name: (each["prompt"], each["seed"]) for name, each in records.items()} == {
+        **{f"a cat-{j}": ("a very fluffy cat", 3 + j) for j in range(2)},
+        **{f"a dog-{j}": ("a very old dog", 100003 + j) for j in range(2)},
+    }
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["dimensions"]["temporal_flickering"]["videos"] == 4
+    (made / "a dog-1.mp4").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in made.glob("*.mp4")}
+    outcome = run("evaluation=custom", *EVALUATION, *words)
+    assert outcome.out.split("\n")[0] == str(made / "a dog-1.mp4")
+    assert {name: (made / name).stat().st_mtime_ns for name in times} == times
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["dimensions"] == results["dimensions"]
+
+
+def test_an_evaluation_from_images_takes_the_crop_of_the_videos_shape(run: Callable, tmp_path: Path) -> None:
+    for ratio in ("1-1", "16-9"):
+        (tmp_path / "crop" / ratio).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "crop" / ratio / "cat.png")
+    entry = {"prompt_en": "a cat", "dimension": ["i2v_subject"], "image_name": "cat.png"}
+    (tmp_path / "p.json").write_text(json.dumps([entry]))
+    words = (f"prompt_file={tmp_path / 'p.json'}", f"image={tmp_path / 'crop'}", "steps=1")
+    outcome = run("evaluation=i2v", *EVALUATION, *words)
+    assert outcome.code == 0, outcome.err
+    names = {path.stem for path in (tmp_path / "out" / "videos").glob("*.json")}
+    assert names == {f"a cat-{i}" for i in range(5)}
+    record = json.loads((tmp_path / "out" / "videos" / "a cat-4.json").read_text())
+    assert record["options"]["image"] == str(tmp_path / "crop" / "1-1" / "cat.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluation=beauty"], "evaluation=beauty: choose vbench, vbench_quality, i2v, tiny, custom"),
+        (["evaluation=vbench"], "needs prompt_file=FILE: pip download --no-deps vbench"),
+        (["evaluation=custom", "prompt_file=no.txt"], "no.txt does not exist: evaluation=custom needs"),
+        (["evaluation=tiny", "prompt=a cat"], "takes prompt_file=, not prompt="),
+        (["evaluation=tiny", "dims=[beauty]"], "there is no metric beauty"),
+        (["evaluation=tiny", "augmented=README.md"], "lines for 128 prompts"),
+        (["evaluation=i2v", "prompt_file=README.md"], "a prompt file ends in .txt, .json or .jsonl"),
+        (["naming={seed:x"], "naming={seed:x: it may name {name}, {seed} and {sample}"),
+        (["naming=a/b"], "'a/b' is not a plain file name"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_one_sentence(
+    run: Callable, words: list[str], said: str, tmp_path: Path
+) -> None:
+    outcome = run("prompt=null" if "evaluation" in words[0] else "seed=0", *words)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert said in outcome.err
+    assert not (tmp_path / "out" / "videos").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_share_an_evaluation(files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\na dog\na bird\n")
+    given = [f"{name}={path}" for name, path in files.items()]
+    small = ["frames=5", "size=32x32", "text_cache=none", "steps=1", "device=cpu", *EVALUATION]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["evaluation=custom", f"prompt_file={tmp_path / 'p.txt'}", *given, *small]
+    for name, start in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *start, "infer.py", *words, f"out={tmp_path / name}"]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    one, two = (sorted((tmp_path / name / "videos").glob("*.mp4")) for name in ("one", "two"))
+    assert (
+        [path.name for path in one]
+        == [path.name for path in two]
+        == [*("a bird-0.mp4", "a cat-0.mp4", "a dog-0.mp4")]
+    )
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["dimensions"] == results[1]["dimensions"]

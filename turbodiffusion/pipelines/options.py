@@ -49,8 +49,12 @@ class Options:
     tiling: str = MISSING
     plan_only: bool = MISSING
     out: str = MISSING
+    naming: str = MISSING
     crf: int = MISSING
     fps: float | None = MISSING
+    evaluation: str | None = MISSING
+    dims: list[str] | None = MISSING
+    augmented: str | None = MISSING
 
 
 def read(cfg: DictConfig) -> Options:

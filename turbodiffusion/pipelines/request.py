@@ -177,12 +177,24 @@ def _outputs(options: Options, items: list[Item], suffix: str) -> list[dict[int,
         seeds = range(item.seed, item.seed + options.num_samples)
         if seeds[0] not in SEEDS or seeds[-1] not in SEEDS:
             raise UserError(f"seed={item.seed}: seeds go from 0 to {SEEDS[-1]}.")
-        stem = out.with_suffix("") if is_file else out / str(item.name)
-        outputs.append({seed: out if is_exact else Path(f"{stem}_seed{seed}{suffix}") for seed in seeds})
+        folder, name = (out.parent, out.stem) if is_file else (out, item.name)
+        names = [_file_name(options.naming, name, seed, sample) for sample, seed in enumerate(seeds)]
+        files = [out] if is_exact else [folder / f"{each}{suffix}" for each in names]
+        outputs.append(dict(zip(seeds, files, strict=True)))
     counts = Counter(file for files in outputs for file in files.values())
     if twice := {file for file, count in counts.items() if count > 1}:
         raise UserError(f"two prompts would be written to {min(twice)}: give them different names.")
     return outputs
+
+
+def _file_name(naming: str, name: str, seed: int, sample: int) -> str:
+    try:
+        made = naming.format(name=name, seed=seed, sample=sample)
+    except (ValueError, LookupError) as error:
+        raise UserError(f"naming={naming}: it may name {{name}}, {{seed}} and {{sample}}.") from error
+    if Path(made).name != made or made.startswith("."):
+        raise UserError(f"naming={naming}: {made!r} is not a plain file name.")
+    return made
 
 
 def _make_folder(folder: Path) -> None:
