@@ -49,6 +49,8 @@ class Plan:
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UserError(f"max_minutes={self.max_minutes} must be more than 0, or null for no limit")
 
     def progress(self, state: TrainState) -> float:
         """Share of the run that is done."""
@@ -73,7 +75,7 @@ class Trainer:
         tracker: Tracker | None = None,
     ):
         self.objective, self.data, self.outcome = parts.objective, parts.data, parts.outcome
-        self.plan, self.folder = plan, folder
+        self.plan, self.folder, self.context = plan, folder, parts.context
         self.masters = {role: Masters(network) for role, network in self.objective.networks.items()}
         self.optims = {role: optims.get(role, optims["default"]) for role in self.masters}
         self.device = next(next(iter(self.objective.networks.values())).parameters()).device
@@ -136,14 +138,15 @@ class Trainer:
         """Bring the masters the gradients of a step, averaged over the ranks; the number of samples."""
         count, samples = self.plan.accumulate, 0
         self.losses.clear()
-        for i in replicas.numbers(step, count):
+        for i in replicas.numbers(step, count, self.context):
             for name, loss in self.objective.losses(self.data.batch(i), step, self._rng(i), self.log.watch):
                 (loss.mean() / count).backward()
                 masters.collect()
                 self.log.add(f"loss/{name}", loss)
                 self.losses[f"loss/{name} of batch {i}"] = loss.detach()
-            samples += len(loss) * replicas.world_size()
-        replicas.average(w.grad for w in masters.weights.values() if w.grad is not None)
+            samples += len(loss) * replicas.teams(self.context)
+        grads = (weight.grad for weight in masters.weights.values() if weight.grad is not None)
+        replicas.average(grads, self.context)
         return samples
 
     def _clip(self, masters: Masters, role: str) -> Tensor:
