@@ -1,14 +1,14 @@
 """Scores the videos of a folder.
 
     python -m evaluation videos=DIR dims=[temporal_flickering,...] out=DIR [prompts=FILE] [reference=DIR]
-                         [device=cuda]
+                         [weights=DIR] [device=cuda]
 
 Files are named `{prompt}-{sample}.mp4`; prompts= (.txt, .json, .jsonl, or VBench_full_info.json) says what
 was asked for where names do not, and what is missing.  psnr and ssim compare with the file of the same name
 in reference=.  After an interruption the same command goes on; `torchrun --nproc-per-node 8 -m evaluation
-...` shares the videos out over GPUs.  DIR gets results.json, report.md, records.jsonl (a line a video and
-dimension), run.json (what was run, on what) and eval_results.json in the leaderboard's form.  Exit code 2:
-some could not be scored; the report names them.
+...` shares the videos out over GPUs.  DIR gets results.json, report.md, report.html, records.jsonl (a
+line a video and dimension), run.json (what was run, on what) and eval_results.json in the leaderboard's form.
+Exit code 2: some could not be scored; the report names them.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ from evaluation.metrics import VideoMetric, make_metrics
 from evaluation.prompts import Suite, read_prompts
 from evaluation.records import Record, line_of
 from evaluation.report import markdown, summarise
+from evaluation.report_page import page, read_run
 from evaluation.runner import collect, plan, ranks, score_all, wait_for_all
 from evaluation.videos import Found, find_videos
 from turbodiffusion.checkpoints.files import appearing
@@ -42,12 +43,14 @@ class Options:
     out: str = MISSING
     prompts: str | None = None
     reference: str | None = None
+    weights: str | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def evaluate(options: Options, console: Console) -> None:
     """Score, write and show; everything that can be refused is, before the first video is read."""
-    metrics = make_metrics(options.dims)
+    weights = None if options.weights is None else Path(options.weights).expanduser()
+    metrics = make_metrics(options.dims, weights)
     folder, out = Path(options.videos).expanduser(), Path(options.out).expanduser()
     suite = None if options.prompts is None else read_prompts(Path(options.prompts).expanduser())
     reference = None if options.reference is None else Path(options.reference).expanduser()
@@ -61,9 +64,10 @@ def evaluate(options: Options, console: Console) -> None:
     wait_for_all(world)
     if rank == 0:
         records = collect(tasks, out)
-        write_json(out / "run.json", {"options": asdict(options), "environment": environment()})
+        made = {"options": asdict(options), "videos": str(folder.absolute()), "environment": environment()}
+        write_json(out / "run.json", made)
         results = write(out, metrics, records, found, suite)
-        console.print(markdown(results, folder.name), markup=False, soft_wrap=True)
+        console.print(markdown(results, out.name), markup=False, soft_wrap=True)
         if lost := {failure["video"] for failure in results["failures"]}:
             raise UserError(
                 f"{len(lost)} of {len(found.videos)} videos could not be scored: see {out}/report.md"
@@ -81,7 +85,8 @@ def write(
     write_json(out / UPSTREAM, upstream(records, raw, folder))
     for name, text in {
         "records.jsonl": "".join(map(line_of, records)),
-        "report.md": markdown(results, folder.name),
+        "report.md": markdown(results, out.name),
+        "report.html": page(out.name, [read_run(out, out.name, records)]),
     }.items():
         with appearing(out / name) as part:
             part.write_text(text, encoding="utf-8")

@@ -2,9 +2,10 @@
 
     python -m evaluation.compare runs=[teacher,student,...] [out=DIR]
 
-Differences are paired: prompts are drawn with replacement 2000 times, the same for both, and the middle 95 %
-of the differences are shown.  Values are raw scores; VBench's quality, semantic and total appear where
-complete.  DIR gets compare.json and compare.md.
+A run may also be a result JSON of upstream's `vbench evaluate`, or a zip of them.  Differences are paired:
+prompts are drawn with replacement 2000 times, the same for both, and the middle 95 % of the differences are
+shown.  Values are raw scores; VBench's quality, semantic and total appear where complete.  DIR gets
+compare.json, compare.md and report.html.
 """
 
 from collections.abc import Iterable
@@ -15,11 +16,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.export import read_upstream
 from evaluation.records import Record, read_records
+from evaluation.report_page import page, read_run, table
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
+
+HEADINGS = ("run", "score", "first run", "this run", "difference", "95 %", "prompts", "videos")
 
 
 @dataclass
@@ -45,11 +50,13 @@ class Difference:
     videos: int
 
 
-def read_run(folder: Path) -> list[Record]:
+def scored(run: Path) -> list[Record]:
     """What a run scored."""
-    path = folder / "records.jsonl"
+    if run.suffix in (".json", ".zip"):
+        return read_upstream(run)
+    path = run / "records.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder} is no finished run of python -m evaluation: it has no records.jsonl")
+        raise UserError(f"{run} is no finished run of python -m evaluation: it has no records.jsonl")
     return [record for record in read_records([path]).values() if record.score is not None]
 
 
@@ -78,34 +85,39 @@ def compare(baseline: Iterable[Record], other: Iterable[Record], run: str = "") 
     return found
 
 
-def lines(differences: Iterable[Difference]) -> list[str]:
-    """In Markdown."""
-    made = [
-        "| run | score | first run | this run | difference | 95 % | prompts | videos |",
-        "|---|---|" + "---:|" * 6,
-    ]
-    for each in differences:
-        between = "n/a" if each.low is None else f"{each.low:+.4f} to {each.high:+.4f}"
-        numbers = f"{each.baseline:.4f} | {each.value:.4f} | {each.delta:+.4f}"
-        made.append(f"| {each.run} | {each.score} | {numbers} | {between} | {each.prompts} | {each.videos} |")
-    return made
+def cells(each: Difference) -> list[str]:
+    """A line of the table."""
+    between = "n/a" if each.low is None else f"{each.low:+.4f} to {each.high:+.4f}"
+    numbers = f"{each.baseline:.4f}", f"{each.value:.4f}", f"{each.delta:+.4f}", between
+    return [each.run, each.score, *numbers, str(each.prompts), str(each.videos)]
 
 
 def report(options: Options, console: Console) -> None:
     """Print and, if wanted, write the table."""
     if len(options.runs) < 2:
         raise UserError(f"runs=[first,other,...] compares two runs or more, got {len(options.runs)}")
-    first, *others = (Path(run).expanduser() for run in options.runs)
-    baseline = read_run(first)
-    differences = [each for other in others for each in compare(baseline, read_run(other), str(other))]
-    text = "\n".join(lines(differences))
-    console.print(text, markup=False, soft_wrap=True)
+    paths = [Path(run).expanduser() for run in options.runs]
+    first, *others = [(str(path), scored(path)) for path in paths]
+    differences = [each for name, records in others for each in compare(first[1], records, name)]
+    rows = [cells(each) for each in differences]
+    made = [
+        f"| {' | '.join(HEADINGS)} |",
+        "|---|---|" + "---:|" * 6,
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    console.print("\n".join(made), markup=False, soft_wrap=True)
     if options.out is not None:
         folder = Path(options.out).expanduser()
-        content = {"first_run": str(first), "differences": [asdict(each) for each in differences]}
+        runs = [
+            read_run(path, name, records)
+            for path, (name, records) in zip(paths, (first, *others), strict=True)
+        ]
+        html = page("Comparison", runs, f"<h2>Differences</h2>{table(HEADINGS, rows)}")
+        content = {"first_run": first[0], "differences": [asdict(each) for each in differences]}
         write_json(folder / "compare.json", content)
-        with appearing(folder / "compare.md") as part:
-            part.write_text(text + "\n")
+        for name, text in {"compare.md": "\n".join(made) + "\n", "report.html": html}.items():
+            with appearing(folder / name) as part:
+                part.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
 
-from evaluation.records import Record
+from evaluation.prompts import parse_name
+from evaluation.records import Record, Score
 from evaluation.vbench import DIMENSIONS, T2V
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.cli import one_sentence
@@ -30,14 +31,6 @@ class Options:
 
     runs: list[str] = field(default_factory=list)
     dst: str = MISSING
-
-
-@dataclass(frozen=True)
-class Result:
-    """A dimension in the leaderboard's files: its score, and its videos' by name, on our scale of 0 to 1."""
-
-    raw: float
-    videos: dict[str, float]
 
 
 def upstream(records: Iterable[Record], raw: Mapping[str, float], folder: Path) -> dict[str, list]:
@@ -55,8 +48,11 @@ def upstream(records: Iterable[Record], raw: Mapping[str, float], folder: Path) 
     return content
 
 
-def read_upstream(path: Path) -> dict[str, Result]:
-    """Results by dimension of a result JSON or of all those in a zip; UserError if it is neither."""
+def read_upstream(path: Path) -> list[Record]:
+    """The videos' scores in a result JSON or in all those of a zip, every video counting the same.
+
+    Upstream does not say how many frames a video had.  UserError if the file is neither.
+    """
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as file:
@@ -64,15 +60,15 @@ def read_upstream(path: Path) -> dict[str, Result]:
         else:
             texts = [path.read_bytes()]
         merged = {name: result for text in texts for name, result in json.loads(text).items()}
-        return {name: _result(name, *result[:2]) for name, result in merged.items()}
-    except (OSError, zipfile.BadZipFile, ValueError, TypeError, AttributeError, KeyError) as error:
+        scales = {name: DIMENSIONS[name].scale for name in merged}
+        return [_record(name, each, scales[name]) for name, result in merged.items() for each in result[1]]
+    except (OSError, zipfile.BadZipFile, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} holds no results of VBench: {error}") from error
 
 
-def _result(name: str, raw: float, videos: list[dict]) -> Result:
-    scale = DIMENSIONS[name].scale
-    values = {Path(each["video_path"]).name: float(each["video_results"]) / scale for each in videos}
-    return Result(float(raw), values)
+def _record(dimension: str, video: dict, scale: float) -> Record:
+    path, value = Path(video["video_path"]), float(video["video_results"]) / scale
+    return Record(path.name, dimension, path.name, parse_name(path.stem)[0], Score(value))
 
 
 def pack(runs: Iterable[Path], dst: Path) -> None:

@@ -1,8 +1,8 @@
 """Generate the videos of an evaluation, then score them: what `python infer.py evaluation=...` does.
 
 out/videos gets `{prompt}-{sample}.mp4`, with seed= + 100000 x the prompt's place + sample, as VBench's own
-samples have it; whatever is whole there is kept.  out gets what `python -m evaluation` writes.  torchrun shares
-the prompts out over its processes.
+samples have it; whatever is whole there is kept.  out gets what `python -m evaluation` writes.  torchrun
+shares the prompts out over its processes.
 """
 
 import json

@@ -1,16 +1,24 @@
 """What a run found, as results.json holds it and as report.md shows it."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from statistics import median
 
 from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.metrics import VideoMetric
 from evaluation.prompts import Suite
 from evaluation.records import Record
 from evaluation.vbench import DIMENSIONS, T2V
-from evaluation.videos import Found
+from evaluation.videos import Found, Video
 
 _SHOWN = 20  # missing files that the report lists
+# what is told of how videos were generated
+_TOLD = (
+    *("ckpt", "sampler", "steps", "guidance", "shift", "size", "frames", "fps", "crf"),
+    *("device", "dtype", "attention", "ratio", "quant"),
+)
 
 
 def summarise(
@@ -33,7 +41,26 @@ def summarise(
         "left_out": found.odd,
         "missing_videos": found.missing,
         "prompts_sha256": None if suite is None else suite.sha256,
+        "generation": _generation(found.videos),
     }
+
+
+def _generation(videos: Sequence[Video]) -> dict[str, object] | None:
+    """What the records of infer.py beside videos say: the options that all share, and seconds a video."""
+    options, seconds = [], []
+    for video in videos:
+        with suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # some other file, or none
+            record = json.loads(video.path.with_suffix(".json").read_text())
+            seconds.append(sum(record["seconds"].values()))
+            options.append({name: record["options"][name] for name in _TOLD})
+    if not options:
+        return None
+    shared = {
+        name: value for name, value in options[0].items() if all(value == each[name] for each in options)
+    }
+    return {"videos": len(options), "seconds": median(seconds), "options": shared}
 
 
 def _dimension(metric: VideoMetric, records: list[Record]) -> dict[str, object]:

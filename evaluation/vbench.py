@@ -102,3 +102,17 @@ I2V = Board(
     {"quality": 1, "i2v": 1},
 )
 DIMENSIONS = T2V.dimensions | I2V.dimensions
+
+# quality, semantic and total of published rows, times 100; steps, 50 of them guided.  The same checkpoint
+# spans more than a point between papers, whose prompts, seeds and cards differ.
+PUBLISHED = {
+    "Wan2.1 1.3B, 50 steps (arXiv:2503.20314)": (84.92, 80.10, 83.96),
+    "Wan2.1 1.3B, 50 steps (arXiv:2510.08431)": (83.95, 79.26, 83.02),
+    "Wan2.1 1.3B, 50 steps (arXiv:2505.13389)": (83.71, 77.98, 82.56),
+    "DMD2 1.3B, 4 steps (arXiv:2510.08431)": (85.58, 80.50, 84.56),
+    "rCM 1.3B, 4 steps (arXiv:2510.08431)": (85.38, 80.63, 84.43),
+    "rCM 1.3B, 2 steps (arXiv:2510.08431)": (84.90, 80.86, 84.09),
+    "rCM 1.3B, 1 step (arXiv:2510.08431)": (83.60, 78.82, 82.65),
+    "Wan2.1 14B, 50 steps (arXiv:2510.08431)": (84.26, 80.92, 83.58),
+    "rCM 14B, 4 steps (arXiv:2510.08431)": (85.43, 82.88, 84.92),
+}

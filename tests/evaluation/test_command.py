@@ -13,7 +13,7 @@ from evaluation import __main__ as command
 from evaluation.vbench import T2V
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITTEN = ("results.json", "records.jsonl", "report.md", "eval_results.json")
+WRITTEN = ("results.json", "records.jsonl", "report.md", "report.html", "eval_results.json")
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     for name, start in (("one", ()), ("two", torchrun)):
         ended = subprocess.run(
-            [sys.executable, *start, *words, f"out={tmp_path / name}"],
+            [sys.executable, *start, *words, f"out={tmp_path / name / 'run'}"],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -139,6 +139,10 @@ def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None
             check=False,
         )
         assert "1 of 7 videos could not be scored" in ended.stderr, ended.stderr
-    assert {path.name for path in (tmp_path / "two").glob("scored-*")} == {"scored-0.jsonl", "scored-1.jsonl"}
+    assert {path.name for path in (tmp_path / "two" / "run").glob("scored-*")} == {
+        "scored-0.jsonl",
+        "scored-1.jsonl",
+    }
     for name in WRITTEN:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        one, two = (tmp_path / each / "run" / name for each in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()

@@ -50,9 +50,8 @@ def test_the_form_of_a_result(run: Path) -> None:
 
 def test_there_and_back(run: Path, tmp_path: Path) -> None:
     read = read_upstream(run / "eval_results.json")
-    for name in T2V.dimensions:
-        assert read[name].raw == 0.5
-        assert read[name].videos == {"a cat-0.mp4": 0.0, "a cat-1.mp4": 1.0}
+    scored = {(each.dimension, each.video): (each.prompt, each.score.value) for each in read}
+    assert scored == {(name, f"a cat-{i}.mp4"): ("a cat", i) for name in T2V.dimensions for i in range(2)}
     pack([run], tmp_path / "s.zip")
     assert read_upstream(tmp_path / "s.zip") == read
     # as the leaderboard's scorer does: every JSON in the zip, a dimension's first number
@@ -69,17 +68,16 @@ def test_there_and_back(run: Path, tmp_path: Path) -> None:
         sum(norm[name] * (0.5 if name == "dynamic_degree" else 1) for name in T2V.groups["quality"]) / 6.5
     )
     semantic = sum(norm[name] for name in T2V.groups["semantic"]) / 9
-    total = T2V.totals({name: each.raw for name, each in read.items()}).total
+    total = T2V.totals(dict.fromkeys(T2V.dimensions, 0.5)).total
     assert total == pytest.approx(0.8 * quality + 0.2 * semantic, rel=1e-12)  # order of fp64 sums
 
 
 def test_a_submission_may_come_in_parts(tmp_path: Path) -> None:
+    videos = [{"video_path": "x/a cat-0.mp4", "video_results": 0.25}]
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as file:
-        file.writestr("folder/a.json", json.dumps({"color": [0.25, []]}))
-        file.writestr("b.json", json.dumps({"camera_motion": [0.75, [], {"pan": 1.0}]}))
-    assert {name: each.raw for name, each in read_upstream(tmp_path / "s.zip").items()} == {
-        **{"color": 0.25, "camera_motion": 0.75}
-    }
+        file.writestr("folder/a.json", json.dumps({"color": [0.25, videos]}))
+        file.writestr("b.json", json.dumps({"camera_motion": [0.75, videos, {"pan": 1.0}]}))
+    assert [each.dimension for each in read_upstream(tmp_path / "s.zip")] == ["color", "camera_motion"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"beauty": [1, []]}', '{"color": 1}', '{"color": [1, [{}]]}'])

@@ -1,0 +1,204 @@
+"""report.html of one run or of several: one file that needs nothing else, pictures and plots inside.
+
+Scores with their intervals and plots of them; then each dimension's worst videos, or of several runs those
+that lost most to the first, as strips of frames; then what failed, and how everything was made.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.metrics import METRICS
+from evaluation.records import Record
+from evaluation.report_figures import Estimate, figures
+from evaluation.videos import decode, middle
+from turbodiffusion.errors import UserError
+
+SHOWN = 3  # worst videos of a dimension, each of another prompt
+FRAMES, HEIGHT = 8, 112  # of a strip, and its pixels
+Key = tuple[str, str]  # dimension and video
+LISTED = 100  # failures and the like, of each kind
+_STYLE = """
+body {font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2rem auto}
+h1, h2, h3 {line-height: 1.2} h2 {margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem}
+table {border-collapse: collapse; margin: .8rem 0}
+th, td {padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5}
+td {text-align: right; font-variant-numeric: tabular-nums} th {text-align: left; font-weight: 600}
+td small, .quiet {color: #666} .wrap td {text-align: left; overflow-wrap: anywhere}
+img {max-width: 100%; vertical-align: middle} figure {margin: .6rem 0} figcaption {margin-bottom: .2rem}
+.plots img {margin: .5rem 1rem .5rem 0} ul {padding-left: 1.2rem} li {overflow-wrap: anywhere}
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run.  videos: their folder.  results: what results.json holds beside the scores."""
+
+    name: str
+    records: Sequence[Record]
+    videos: Path | None = None
+    results: Mapping[str, object] = field(default_factory=dict)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Every score that the records give, with its interval."""
+        scored = [record for record in self.records if record.score is not None]
+        prompts = sorted({record.prompt for record in scored})
+        tables, drawn = sums(scored, prompts), draws(len(prompts) or 1)
+        values = scores(tables, torch.ones(1, len(prompts), dtype=torch.float64))
+        spread = scores(tables, drawn) if len(prompts) > 1 else {}
+        return {
+            name: Estimate(float(value), *(interval(spread[name]) if name in spread else (None, None)))
+            for name, value in values.items()
+        }
+
+
+def page(title: str, runs: Sequence[Run], middle_part: str = "") -> str:
+    """The whole file.  middle_part: HTML between scores and plots."""
+    estimates = {run.name: run.estimates() for run in runs}
+    seconds = {run.name: (run.results.get("generation") or {}).get("seconds") for run in runs}
+    plots = "".join(figures(estimates, seconds))
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *_listed(runs, "notes", "Not comparable with the leaderboard, because"),
+        "<h2>Scores</h2>",
+        _score_table(estimates),
+        middle_part,
+        f'<div class="plots">{plots}</div>',
+        *_worst(runs),
+        *_listed(runs, "failures", "Failed"),
+        *_listed(runs, "left_out", "Left out"),
+        *_listed(runs, "missing_videos", "Missing"),
+        *_made(runs),
+    ]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>'
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
+    """HTML of cells that are text, the first of each row its name."""
+    heading = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = []
+    for first, *cells in rows:
+        line = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr><th>{escape(first)}</th>{line}</tr>")
+    return f'<table class="{kind}"><tr>{heading}</tr>{"".join(lines)}</table>'
+
+
+def _score_table(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
+    names = dict.fromkeys(name for run in estimates.values() for name in run)
+    rows = [[name, *(str(run.get(name, "")) for run in estimates.values())] for name in names]
+    return table(["score (95 % by bootstrap over prompts)", *estimates], rows)
+
+
+def _worst(runs: Sequence[Run]) -> Iterator[str]:
+    """The worst videos of one run; of several, those that lost most against the first."""
+    first, *others = runs
+    for run in others or [first]:
+        before = _values(first) if others else {}
+        shown = [first, run] if others else [run]
+        yield f"<h2>{escape(f'{run.name}: lost most' if others else 'Worst videos')}</h2>"
+        for dimension, worst in _ranked(run, before if others else None).items():
+            cases = "".join(_case(record, shown, before) for record in worst)
+            yield f"<h3>{escape(dimension)}</h3>{cases}"
+
+
+def _values(run: Run) -> dict[Key, float]:
+    scored = ((record, record.score) for record in run.records if record.score is not None)
+    return {(record.dimension, record.video): score.value for record, score in scored if score.units}
+
+
+def _ranked(run: Run, before: Mapping[Key, float] | None) -> dict[str, list[Record]]:
+    """The worst videos by dimension, each of another prompt; with `before`, only what is worse than there."""
+    worst: dict[str, dict[str, tuple[float, Record]]] = {}
+    values = _values(run)
+    for record in run.records:
+        key = record.dimension, record.video
+        if key in values and (before is None or key in before):
+            sign = 1 if getattr(METRICS.get(record.dimension), "higher_is_better", True) else -1
+            gain = sign * (values[key] - (before[key] if before else 0))
+            prompts = worst.setdefault(record.dimension, {})
+            if (before is None or gain < 0) and gain < prompts.get(record.prompt, (math.inf,))[0]:
+                prompts[record.prompt] = gain, record
+    ranked = {name: sorted(prompts.values(), key=itemgetter(0)) for name, prompts in worst.items()}
+    return {name: [record for _, record in each[:SHOWN]] for name, each in ranked.items() if each}
+
+
+def _case(record: Record, runs: Sequence[Run], before: Mapping[Key, float]) -> str:
+    said = f"{record.score.value:.4f}"
+    if (key := (record.dimension, record.video)) in before:
+        said = f"{before[key]:.4f} to {said}; {' above '.join(run.name for run in runs)}"
+    strips = "".join(strip(run.videos / record.video) for run in runs if run.videos is not None)
+    caption = f"<figcaption>{escape(record.video)} <small>{escape(said)}</small></figcaption>"
+    return f"<figure>{caption}{strips}</figure>"
+
+
+def strip(path: Path) -> str:
+    """Frames of a video side by side, as an inline JPEG; a sentence where it can not be read."""
+    try:
+        pixels, _ = decode(path)
+    except UserError as error:
+        return f'<p class="quiet">{escape(path.name)} {escape(str(error))}</p>'
+    chosen = pixels[middle(len(pixels), min(FRAMES, len(pixels)))]
+    frames, height, width, _ = chosen.shape
+    wide = Image.fromarray(chosen.transpose(0, 1).reshape(height, frames * width, 3).numpy())
+    small = wide.resize((max(1, round(wide.width * HEIGHT / height)), HEIGHT), Image.Resampling.LANCZOS)
+    small.save(buffer := io.BytesIO(), "JPEG", quality=80)
+    return (
+        f'<img alt="frames" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"><br>'
+    )
+
+
+def _listed(runs: Sequence[Run], key: str, heading: str) -> Iterator[str]:
+    """What results.json lists under a key, by run."""
+    for run in runs:
+        found = run.results.get(key) or []
+        if key == "failures":
+            found = dict.fromkeys(f"{each['video']} {each['reason'].splitlines()[-1]}" for each in found)
+        elif isinstance(found, Mapping):
+            found = [f"{name} {reason}" for name, reason in found.items()]
+        if entries := list(found):
+            more = [f"and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
+            items = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED] + more)
+            where = f": {run.name}" if len(runs) > 1 else ""
+            yield f"<h2>{escape(heading + where)}</h2><ul>{items}</ul>"
+
+
+def _made(runs: Sequence[Run]) -> Iterator[str]:
+    """How videos and scores came about."""
+    told: list[dict[str, object]] = []
+    for run in runs:
+        generation = run.results.get("generation") or {}
+        options = generation.get("options", {}) | {"seconds a video": generation.get("seconds")}
+        scored = {"prompt file, sha256": run.results.get("prompts_sha256")}
+        told.append(options | scored | dict(run.results.get("environment") or {}))
+    names = dict.fromkeys(name for each in told for name, value in each.items() if value is not None)
+    if names:
+        yield "<h2>How it was made</h2>"
+        rows = [[name, *(str(each.get(name, "")) for each in told)] for name in names]
+        yield table(["", *(run.name for run in runs)], rows, "wrap")
+
+
+def read_run(folder: Path, name: str, records: Sequence[Record]) -> Run:
+    """A run of `python -m evaluation` from its files; what is not there is left out of the page."""
+    content: list[dict] = []
+    for file in ("results.json", "run.json"):
+        path = folder / file
+        content.append(json.loads(path.read_text()) if path.is_file() else {})
+    results, made = content
+    videos = made.get("videos")
+    extra = {"environment": made.get("environment")}
+    return Run(name, records, videos and Path(videos), results | extra)
