@@ -44,11 +44,7 @@ def figures(runs: Estimates, seconds: Mapping[str, float | None]) -> Iterator[st
         yield "<p>Plots need matplotlib: pip install 'turbodiffusion[eval]'.</p>"
         return
     shares = {
-        run: {
-            name: score
-            for name in found
-            if name not in TOTALS and _is_share(score := found[name].normalised(name))
-        }
+        run: {name: score.normalised(name) for name, score in found.items() if _is_share(name, score)}
         for run, found in runs.items()
     }
     names = list(dict.fromkeys(name for found in shares.values() for name in found))
@@ -78,6 +74,7 @@ def radar(runs: Estimates, names: list[str]) -> str:
     axes.set_xticks(angles, [name.replace("_", "\n") for name in names], fontsize=8)
     axes.tick_params(axis="x", pad=12)
     axes.set_ylim(0, 1)
+    axes.set_rlabel_position(180 / len(names))  # between two axes
     return _image(figure, legend=len(runs) > 1)
 
 
@@ -112,7 +109,7 @@ def published(runs: Estimates) -> str:
         values = [row.get(name, 0) for row in rows.values()]
         drawn = axes.barh(range(len(rows)), values, color=["C0"] * len(runs) + ["lightgrey"] * len(PUBLISHED))
         axes.bar_label(drawn, [f"{value:.2f}" if value else "" for value in values], padding=2, fontsize=8)
-        axes.set_xlim(70, 92)
+        axes.set_xlim(min(70, *filter(None, values)) - 5, max(92, *values) + 5)
         axes.set_title(name)
         if column == 0:
             axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
@@ -130,7 +127,10 @@ def latency(scores: Mapping[str, Estimate], seconds: Mapping[str, float | None],
             ends = None if score.low is None else [[score.value - score.low], [score.high - score.value]]
             axes.errorbar([seconds[run]], [score.value], yerr=ends, marker="o", capsize=3, label=run)
     axes.set(xscale="log", xlabel="seconds a video, without loading", ylabel=name.replace("_", " "))
-    axes.grid(alpha=0.3, which="both")
+    marked = sorted(filter(None, seconds.values()))
+    axes.set_xticks(marked, [f"{each:.3g}" for each in marked])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     return _image(figure, legend=True)
 
 
@@ -150,5 +150,5 @@ def _image(figure: "Figure", *, legend: bool = False) -> str:
     return f'<img alt="plot" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _is_share(score: Estimate) -> bool:
-    return 0 <= score.value <= 1
+def _is_share(name: str, score: Estimate) -> bool:
+    return name in DIMENSIONS or (name not in TOTALS and 0 <= score.value <= 1)

@@ -163,18 +163,19 @@ def strip(path: Path) -> str:
 
 
 def _listed(runs: Sequence[Run], key: str, heading: str) -> Iterator[str]:
-    """What results.json lists under a key, by run."""
+    """What results.json lists under a key."""
+    entries = []
     for run in runs:
         found = run.results.get(key) or []
         if key == "failures":
             found = dict.fromkeys(f"{each['video']} {each['reason'].splitlines()[-1]}" for each in found)
         elif isinstance(found, Mapping):
             found = [f"{name} {reason}" for name, reason in found.items()]
-        if entries := list(found):
-            more = [f"and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
-            items = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED] + more)
-            where = f": {run.name}" if len(runs) > 1 else ""
-            yield f"<h2>{escape(heading + where)}</h2><ul>{items}</ul>"
+        entries += [f"{run.name}: {entry}" if len(runs) > 1 else entry for entry in found]
+    if entries:
+        more = [f"and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
+        items = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED] + more)
+        yield f"<h2>{escape(heading)}</h2><ul>{items}</ul>"
 
 
 def _made(runs: Sequence[Run]) -> Iterator[str]:
