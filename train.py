@@ -19,9 +19,9 @@ def main(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from distill.recipes import Hardware
-    from distill.replicas import joined, rank
     from distill.tracking import Tracking
     from distill.trainer import Trainer
+    from turbodiffusion.parallel import joined, rank
 
     folder = Path(cfg.out, cfg.name)
     torch.manual_seed(cfg.seed)
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     torch.backends.cudnn.benchmark = True
     plan, tracking = instantiate(cfg.plan), Tracking(cfg.wandb, cfg.wandb_mode)
     optims = {role: instantiate(optim) for role, optim in cfg.optims.items()}
-    names = ("precision", "compile", "shard", "remat")
+    names = ("precision", "compile", "shard", "context", "remat")
     hardware = Hardware.named(cfg.device, **{name: cfg[name] for name in names})
     with joined(hardware.device):
         parts = instantiate(cfg.recipe)(hardware)

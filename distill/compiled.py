@@ -17,16 +17,17 @@ Tangents = list[Tensor | None]
 Graph = Callable[[dict[str, Tensor], list[object], Tangents], tuple[Tensor, Tensor]]
 
 
-def compile_units(units: Iterable[nn.Module], compiler: Compiler) -> None:
+def compile_units(units: Iterable[nn.Module], compiler: Compiler, *, tangents: bool = True) -> None:
     """Have each unit run as compiled code, whatever its inputs carry; compiler: torch.compile, with options.
 
     Units of one class must differ in nothing but their weights: they share the graphs of their tangents.
-    Sparse-linear attention passes tangents uncompiled: its kernels are not all operators that can be traced.
+    Sparse-linear attention passes tangents uncompiled, as tangents=False has all units do: its kernels are
+    not all operators that can be traced.
     """
     shared: dict[type, Tangent] = {}
     for unit in units:
         is_sparse = any(isinstance(module, SparseLinearAttention) for module in unit.modules())
-        if type(unit) not in shared and not is_sparse:
+        if tangents and type(unit) not in shared and not is_sparse:
             # before its forward is replaced; without memory, to be called with the weights of any unit
             shared[type(unit)] = Tangent(deepcopy(unit).to("meta"), compiler)
         unit.forward = _Compiled(unit, unit.forward, compiler(unit.forward), shared.get(type(unit)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill.data import EncodedClips
 from distill.flow_matching import Captioned, condition
 from distill.objective import Data, seed_of
-from distill.replicas import world_size
+from distill.replicas import teams
 from distill.shard_files import read_context
 from turbodiffusion.checkpoints import load_text_encoder, load_vae
 from turbodiffusion.errors import UserError
@@ -87,7 +87,7 @@ class SmallWorld:
     text_encoder: str
     image_share: float = 0.0
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> Material:
+    def load(self, device: torch.device, dtype: torch.dtype, context: int = 1) -> Material:
         vae = load_vae(self.vae, device=device, dtype=dtype)
         text_encoder = load_text_encoder(self.text_encoder, device=device, dtype=dtype)
         train, held_out = (
@@ -112,11 +112,11 @@ class StoredClips:
     vae: str | None = None
     shown: int = 0
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> Material:
-        """Raises UserError for what is missing."""
+    def load(self, device: torch.device, dtype: torch.dtype, context: int = 1) -> Material:
+        """Raises UserError for what is missing.  context: how many ranks in a row take the same batches."""
         if self.path is None:
             raise UserError("data.path= is missing: a folder of shards; python -m tools.make_data makes one")
         negative = None if self.negative is None else read_context(self.negative).unsqueeze(0).to(device)
-        train = self.shards(path=self.path, device=device, every=world_size())
+        train = self.shards(path=self.path, device=device, every=teams(context))
         vae = None if self.vae is None else load_vae(self.vae, device=device, dtype=dtype)
         return Material(train, [train.batch(number) for number in range(self.shown)], negative, vae)

@@ -22,8 +22,11 @@ TRAINABLE = ("all", "proj_only", "no_proj")
 class Source(Protocol):
     """Where clips come from: `conditioning.SmallWorld` or `conditioning.StoredClips`."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> Material:
-        """Everything on the device; raises UserError for what is missing."""
+    def load(self, device: torch.device, dtype: torch.dtype, context: int) -> Material:
+        """Everything on the device, for ranks of which `context` in a row take the same batches.
+
+        Raises UserError for what is missing.
+        """
         ...
 
 
@@ -47,7 +50,7 @@ def distillation(  # noqa: PLR0913 (a line of the config each)
         raise UserError("teacher= is missing: the checkpoint that is to be distilled")
     if trainable not in TRAINABLE:
         raise UserError(f"trainable={trainable}: choose {', '.join(TRAINABLE)}")
-    material = source.load(hardware.device, hardware.dtype)
+    material = source.load(hardware.device, hardware.dtype, hardware.context)
     # before the teacher is read, which may take minutes
     check_negative(objective, material.negative)
     loaded = load_network(teacher, device=hardware.device, dtype=hardware.dtype)
@@ -62,7 +65,8 @@ def distillation(  # noqa: PLR0913 (a line of the config each)
     for network in filter(None, (frozen, student, critic)):
         hardware.prepare(network, WanModel.is_fp32, network.shard_units(), can_shard=True)
     built: Objective = objective.build(student, frozen, critic, material.negative)
-    return Parts(built, material.train, outcome(objective=built, material=material, teacher=loaded))
+    judge = outcome(objective=built, material=material, teacher=loaded)
+    return Parts(built, material.train, judge, hardware.context)
 
 
 def _load_student(path: str, teacher: WanModel, hardware: Hardware) -> WanModel:

@@ -99,3 +99,4 @@ class Parts:
     objective: Objective
     data: Data
     outcome: Outcome
+    context: int = 1  # how many ranks in a row share the tokens of a batch

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from distill import sharding
@@ -24,6 +25,7 @@ from turbodiffusion.checkpoints import detect, load_network, load_text_encoder, 
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.parallel import neighbours, own_device, split_tokens
 from turbodiffusion.small_world.sprites import load_sprites
 from turbodiffusion.variants import variant
 
@@ -39,11 +41,14 @@ class Hardware:
     device: torch.device
     dtype: torch.dtype
     compile_mode: str | None  # torch.compile's, None: eager
-    shard: int = 1  # how many ranks hold one copy of the weights together
+    shard: int = 1  # how many ranks in a row hold one copy of the weights together
+    context: int = 1  # how many in a row share the tokens of a batch
     remat: str = "none"  # what is computed again in a backward: a mode of distill.remat
 
     @classmethod
-    def named(cls, device: str, *, precision: str, compile: bool | str, shard: int, remat: str) -> "Hardware":
+    def named(
+        cls, device: str, *, precision: str, compile: bool | str, shard: int, remat: str, context: int = 1
+    ) -> "Hardware":
         """From the words of a config; device "auto" is the accelerator, or else the CPU."""
         mode = {False: None, True: "default"}.get(compile, compile)
         if mode not in (None, *COMPILE_MODES):
@@ -51,8 +56,11 @@ class Hardware:
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision}: choose {' or '.join(PRECISIONS)}")
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if shard < 1 or ranks % shard:
-            raise UserError(f"shard={shard} does not divide the {ranks} processes: start more with torchrun")
+        for name, count in {"shard": shard, "context": context}.items():
+            if count < 1 or ranks % count:
+                raise UserError(
+                    f"{name}={count} does not divide the {ranks} processes: start more with torchrun"
+                )
         rematerialize([], remat)  # refuses what is none of its modes
         if device == "auto":
             device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -61,11 +69,7 @@ class Hardware:
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={device} is not to be had here: {error}") from error
-        if chosen.type != "cpu" and chosen.index is None and "LOCAL_RANK" in os.environ:
-            # each of the ranks that torchrun starts on a machine has its own
-            chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
-            torch.accelerator.set_device_index(chosen.index)
-        return cls(chosen, PRECISIONS[precision], mode, shard, remat)
+        return cls(own_device(chosen), PRECISIONS[precision], mode, shard, context, remat)
 
     def prepare(
         self,
@@ -78,16 +82,25 @@ class Hardware:
         """Move the module here, in this precision but for what keep_fp32 names; checkpoint, compile units.
 
         With shard > 1 units and module are sharded, and nothing is kept in fp32: a unit is gathered as one
-        piece of memory, of one dtype.  Raises UserError where that is not possible.
+        piece of memory, of one dtype.  Raises UserError where that, or context > 1, is not possible.
         """
-        if self.shard > 1 and not can_shard:
-            raise UserError(f"shard={self.shard}: only distillation shards its networks; leave shard=1")
+        for name, count in {"shard": self.shard, "context": self.context}.items():
+            if count > 1 and not can_shard:
+                raise UserError(f"{name}={count}: only distillation shares its networks; leave {name}=1")
         lower(module, self.dtype, nothing if self.shard > 1 else keep_fp32).to(self.device)
         rematerialize(units, self.remat)
         if self.compile_mode is not None:
-            compile_units(units, partial(torch.compile, mode=self.compile_mode))
+            # what ranks tell each other is nothing to trace
+            compiler = partial(torch.compile, mode=self.compile_mode)
+            compile_units(units, compiler, tangents=self.context == 1)
+        if self.context > 1:
+            split_tokens(module, self._team)
         if self.shard > 1:
-            sharding.shard(module, units, self._ranks)
+            sharding.shard(module, units, self._ranks, self.context)
+
+    @cached_property
+    def _team(self) -> ProcessGroup:
+        return neighbours(self.context)
 
     @cached_property
     def _ranks(self) -> DeviceMesh:

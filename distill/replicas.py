@@ -1,58 +1,42 @@
-"""Data-parallel training: every rank holds everything, takes its own batches, and averages the gradients.
+"""Data-parallel training: every team of ranks takes its own batches, and all average the gradients.
+
+A team is `context` ranks in a row, which share the tokens of a batch; 1: every rank is one.
 
 `torchrun --nproc-per-node=N train.py ...` starts the ranks; without it there is one, and nothing here acts.
 """
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Join the other processes of torchrun, if it started this one, until the block is left."""
-    if "WORLD_SIZE" not in os.environ:
-        yield
-        return
-    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=_device_id(device))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+from turbodiffusion.parallel import rank, world_size
 
 
-def rank() -> int:
-    """Of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def teams(context: int = 1) -> int:
+    """How many there are."""
+    return world_size() // context
 
 
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def numbers(step: int, count: int, context: int = 1) -> range:
+    """The batches, of all that the teams take in turns, of which this rank's takes `count` at a step."""
+    every = teams(context)
+    return range(step * count * every + rank() // context, (step + 1) * count * every, every)
 
 
-def numbers(step: int, count: int) -> range:
-    """The batches, of all that the ranks take in turns, of which this one takes `count` at a step."""
-    every = world_size()
-    return range(step * count * every + rank(), (step + 1) * count * every, every)
+def average(tensors: Iterable[Tensor], context: int = 1) -> None:
+    """Replace each gradient by its mean over the teams; all ranks must have the same ones.
 
-
-def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the ranks; all must have the same ones.
-
-    Sharded gradients are left alone: FSDP has averaged them already.
+    A team's is the sum of its ranks'.  Sharded gradients are left alone: FSDP has done that already.
     """
     tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    flat /= world_size()
+    flat /= teams(context)
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
@@ -79,7 +63,3 @@ def wait() -> None:
     """Until every rank is here."""
     if world_size() > 1:
         dist.barrier()
-
-
-def _device_id(device: torch.device) -> torch.device | None:
-    return None if device.type == "cpu" else device

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distill.replicas import world_size
+from distill.replicas import teams
+from turbodiffusion.parallel import world_size
 
 
 def mesh(device: torch.device, shard: int) -> DeviceMesh:
@@ -20,16 +21,19 @@ def mesh(device: torch.device, shard: int) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(network: nn.Module, units: Iterable[nn.Module], ranks: DeviceMesh) -> None:
+def shard(network: nn.Module, units: Iterable[nn.Module], ranks: DeviceMesh, context: int = 1) -> None:
     """Shard a network whose parameters have one dtype: its units, then what is left of it.
 
-    Gradients arrive averaged over all ranks, in fp32 until they are rounded to the weights' dtype.
+    Gradients arrive averaged over the teams of ranks, in fp32 until they are rounded to the weights' dtype.
     """
     # inputs keep their dtype: an fp32 modulation would be rounded on its way into a unit
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*units, network):
         # the root, too: kept from a pass without a backward, its weights would miss the next update
         fully_shard(module, mesh=ranks, mp_policy=policy, reshard_after_forward=True)
+        if context > 1:  # else the mean is over the ranks
+            module.set_gradient_divide_factor(teams(context))
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum of multiples
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ ALLOWED = {
         "turbodiffusion.variants",
         ERRORS,
     ),
+    "turbodiffusion.parallel": ("turbodiffusion.models", ERRORS),
     "turbodiffusion.pipelines": (
         "turbodiffusion.models",
+        "turbodiffusion.parallel",
         "turbodiffusion.attention",
         "turbodiffusion.samplers",
         "turbodiffusion.checkpoints",
@@ -37,6 +39,7 @@ ALLOWED = {
     ),
     "distill": (
         "turbodiffusion.models",
+        "turbodiffusion.parallel",
         "turbodiffusion.attention",
         "turbodiffusion.samplers",
         "turbodiffusion.checkpoints",

@@ -22,13 +22,14 @@ from distill.objective import Parts, Product
 from distill.optim import Optim
 from distill.rcm import RCM, Consistency, Matching, Method
 from distill.recipes import Hardware
-from distill.replicas import joined, rank
 from distill.scm import SCMLoss
 from distill.sharding import local, whole
 from distill.times import LogNormal, RandomRollout, UniformShift
 from distill.trainer import Plan, Trainer
+from turbodiffusion.attention import Attention
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
+from turbodiffusion.parallel import joined, rank
 
 CPU = torch.device("cpu")
 LONG = {"steps": 30, "save_every": 2, "log_every": 1}
@@ -38,12 +39,16 @@ PLAN = Plan(steps=6, log_every=100, save_every=100, preview_every=100)
 class Noise:
     """Random examples of two clips; `spoil` sees each before it is used."""
 
-    def __init__(self, spoil: Callable[[int, Example], Example] = lambda number, example: example):
-        self.spoil = spoil
+    def __init__(
+        self,
+        spoil: Callable[[int, Example], Example] = lambda number, example: example,
+        grid: tuple[int, int, int] = (2, 4, 4),
+    ):
+        self.spoil, self.grid = spoil, grid
 
     def batch(self, number: int) -> Example:
         rng = torch.Generator().manual_seed(number)
-        latents, context = (torch.randn(2, *s, generator=rng) for s in ((4, 2, 4, 4), (5, 16)))
+        latents, context = (torch.randn(2, *s, generator=rng) for s in ((4, *self.grid), (5, 16)))
         return self.spoil(number, Example(latents, context))
 
 
@@ -87,12 +92,12 @@ def tiny_network() -> WanModel:
     return network
 
 
-def rcm(shard: int) -> RCM:
-    """Student and critic in turns, the teacher a little off where they start."""
+def rcm(hardware: Hardware, attention: Attention | None = None) -> RCM:
+    """Student and critic in turns, the teacher a little off where they start; attention: the student's."""
     teacher = tiny_network().requires_grad_(False)
     student, critic = (deepcopy(teacher).requires_grad_(True) for _ in range(2))
     nn.init.normal_(teacher.head.head.weight, std=0.2)
-    hardware = Hardware(CPU, torch.float32, None, shard)
+    student.set_attention(attention or {})
     for network in (teacher, student, critic):
         hardware.prepare(network, WanModel.is_fp32, network.shard_units(), can_shard=True)
     times = UniformShift(5.0)
@@ -105,9 +110,17 @@ def rcm(shard: int) -> RCM:
 
 
 def make_trainer(
-    folder: Path, *, shard: int = 1, optim: Optim = ADAM, data: Noise | None = None, **plan: float
+    folder: Path,
+    *,
+    shard: int = 1,
+    context: int = 1,
+    attention: Attention | None = None,
+    optim: Optim = ADAM,
+    data: Noise | None = None,
+    **plan: float,
 ) -> Trainer:
-    parts = Parts(rcm(shard), data or Noise(), Shipping())
+    objective = rcm(Hardware(CPU, torch.float32, None, shard, context), attention)
+    parts = Parts(objective, data or Noise(), Shipping(), context)
     return Trainer(parts, optims={"default": optim}, plan=replace(PLAN, **plan), folder=folder)
 
 
@@ -136,7 +149,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def compare_tangents() -> dict[str, float]:
     """The largest errors of a sharded network's tangent, and of its gradients after that pass."""
     plain = tiny_network()
-    sharded = rcm(2).student
+    sharded = rcm(Hardware(CPU, torch.float32, None, 2)).student
     rng = torch.Generator().manual_seed(1)
     x, dx, context = (torch.randn(2, *s, generator=rng) for s in ((4, 2, 4, 4), (4, 2, 4, 4), (5, 16)))
     s, ds = 1000 * torch.rand(2, generator=rng), torch.ones(2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distill import replicas
+from turbodiffusion.parallel import joined
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["train.py", "experiment=text_tiny", "debug=true", "steps=3", "held_out=2", "preview_every=100"]
@@ -28,7 +29,7 @@ def test_ranks_that_torchrun_starts_write_one_log_and_one_checkpoint(tmp_path: P
 
 
 def test_without_torchrun_there_is_one_rank_and_nothing_happens():
-    with replicas.joined(torch.device("cpu")):
+    with joined(torch.device("cpu")):
         assert (replicas.rank(), replicas.world_size()) == (0, 1)
         assert list(replicas.numbers(3, 2)) == [6, 7]
         assert replicas.from_first([1.5, 0.0], torch.device("cpu")) == [1.5, 0.0]

@@ -170,5 +170,8 @@ def test_ranks_that_can_not_be_split_and_networks_that_are_not_are_refused(monke
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="shard=3 does not divide the 4 processes"):
         Hardware.named("cpu", precision="float32", compile=False, shard=3, remat="none")
-    with pytest.raises(UserError, match="only distillation"):
-        Hardware(CPU, torch.float32, None, 2).prepare(tiny_network(), nothing, [])
+    with pytest.raises(UserError, match="context=3 does not divide the 4 processes"):
+        Hardware.named("cpu", precision="float32", compile=False, shard=2, remat="none", context=3)
+    for counts in ((2, 1), (1, 2)):
+        with pytest.raises(UserError, match="only distillation"):
+            Hardware(CPU, torch.float32, None, *counts).prepare(tiny_network(), nothing, [])

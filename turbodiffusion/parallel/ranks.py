@@ -1,0 +1,46 @@
+"""The processes that torchrun started; without it there is one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Join the other processes of torchrun, if it started this one, until the block is left."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    device_id = None if device.type == "cpu" else device
+    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device_id)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Of this process among those it has joined, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes have joined."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def neighbours(count: int) -> dist.ProcessGroup:
+    """The group of `count` ranks in a row that this one is in; every rank must ask for it."""
+    return dist.new_subgroups(count)[0]
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of an accelerator, this process's own: torchrun counts those that it starts on a machine."""
+    if device.type == "cpu" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    own = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    torch.accelerator.set_device_index(own.index)
+    return own
