@@ -97,7 +97,8 @@ def report(options: Options, console: Console) -> None:
     if len(options.runs) < 2:
         raise UserError(f"runs=[first,other,...] compares two runs or more, got {len(options.runs)}")
     paths = [Path(run).expanduser() for run in options.runs]
-    first, *others = [(str(path), scored(path)) for path in paths]
+    short = len({path.name for path in paths}) == len(paths)
+    first, *others = [(path.name if short else str(path), scored(path)) for path in paths]
     differences = [each for name, records in others for each in compare(first[1], records, name)]
     rows = [cells(each) for each in differences]
     made = [

@@ -1,9 +1,10 @@
-"""Draw what evaluation/students.py measured, tables together: a score over sparsity or over steps.
+"""Draw what evaluation/students.py measured, tables together: a score over sparsity, steps or seconds.
 
-    python -m evaluation.plot tables=[A/students.json,B/students.json] dst=PNG [x=sparsity|steps] [score=NAME]
+    python -m evaluation.plot tables=[A/students.json,B/students.json] dst=PNG [x=sparsity|steps|seconds]
+                              [score=NAME]
 
 Rows of one model are a line, with standard deviations of its training seeds; each table's first row, its
-teacher, is a dashed level.  Needs matplotlib, of the extra `eval`.
+teacher, is a dashed level, and over seconds a model like others.  Needs matplotlib, of the extra `eval`.
 """
 
 import json
@@ -19,7 +20,11 @@ from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
-AXES = {"sparsity": ("share of key blocks left out, %", 100), "steps": ("steps", 1)}
+AXES = {
+    "sparsity": ("share of key blocks left out, %", 100),
+    "steps": ("steps", 1),
+    "seconds": ("seconds of denoising a clip", 1),
+}
 Point = tuple[float, float, float]  # x, mean and deviation of the score
 
 
@@ -48,7 +53,8 @@ def points(rows: list[dict], options: Options) -> dict[str, list[Point]]:
     for row in rows:
         values = [unit * run[options.score] for run in row["runs"]]
         error = stdev(values) if len(values) > 1 else 0.0
-        lines[row["model"]].append((factor * row[options.x], mean(values), error))
+        x = row[options.x] if options.x in row else mean(run[options.x] for run in row["runs"])
+        lines[row["model"]].append((factor * x, mean(values), error))
     return {model: sorted(line) for model, line in lines.items()}
 
 
@@ -67,11 +73,14 @@ def draw(options: Options) -> None:
     levels = {mean(run[options.score] for run in rows[0]["runs"]) for rows in tables}
     for level in levels:
         axes.axhline(COLUMNS[options.score][1] * level, color="grey", linestyle="--", label="teacher")
-    judged = [row for rows in tables for row in rows if not row["model"].startswith("teacher")]
+    unjudged = ("teacher, other noise",) if options.x == "seconds" else ("teacher", "teacher, other noise")
+    judged = [row for rows in tables for row in rows if row["model"] not in unjudged]
     for model, line in points(judged, options).items():
         x, y, error = zip(*line, strict=True)
         axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=model)
     axes.set(xlabel=AXES[options.x][0], ylabel=COLUMNS[options.score][0])
+    if options.x == "seconds":
+        axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     with appearing(Path(options.dst).expanduser()) as part:

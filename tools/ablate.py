@@ -1,16 +1,24 @@
-"""Make an ablation's table: train, merge and score what it compares, on all GPUs at once, and draw it.
+"""Make an ablation's table: train, merge, quantise and score what it compares, on all GPUs, and draw it.
 
-    python -m tools.ablate table=methods [scale=tiny] [dst=runs/ablations] [gpus=N] [each=3]
-                           [train="key=value ..."] [score="key=value ..."]
+    python -m tools.ablate table=methods [scale=tiny] [dst=runs/ablations] [gpus=N] [each=3] [doc=FILE.md]
+                           [train="key=value ..."] [score="key=value ..."] [seeds=N] [teacher=FILE]
+                           [launch="..."]
 
 configs/ablations/SCALE/TABLE.yaml says what is compared.  train: added to every training, such as device=cuda
-compile=true; score: to every scoring, such as count=64.  The same command again goes on where it stopped;
-tables in one dst share what they train alike.  DST/TABLE.md is the result.
+compile=true; score: to every scoring, such as count=64; seeds: at most so many trainings of each.  The same
+command again goes on where it stopped; tables in one dst share what they train alike.  DST/TABLE.md is the
+result; doc= gathers all of DST.
+
+scale=wan1_3b needs teacher=, the VAE and text encoder in $TURBODIFFUSION_WEIGHTS, and what experiments and
+evaluations ask for: train="data.path=SHARDS negative=FILE" score="prompt_file=VBench_full_info.json".  Where
+one GPU is too slow: gpus=0 each=1 launch="-m torch.distributed.run --nproc-per-node 8".
 """
 
+import shutil
 import string
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,25 +47,34 @@ class Options:
     each: int = 3 if torch.cuda.is_available() else 1  # jobs at a time on a GPU, or in all
     train: str = ""
     score: str = ""
+    teacher: str | None = None
+    launch: str = ""
+    doc: str | None = None
+    seeds: int = sys.maxsize
 
 
 @dataclass(frozen=True)
 class Plan:
     """An ablation as its file says it, below `folder`.
 
-    train and merge: name -> words, and seeds where there are several, of commands; {other} in them is what
-    another one made with that seed.  scores: name -> rows, label -> one of those names or a file, and words.
+    train and make: name -> words, and seeds where there are several, of commands; {other} in them is what
+    another one made with that seed, {teacher} a file; make says its tool, merge or quantize.  scores: of the
+    small world, name -> rows, label -> one of those names or a file, and words.  runs: label -> ckpt, in
+    braces too, and numbers of steps; VBench's quality of all is compared with that of the first.  plots:
+    name -> words of evaluation.plot, over all scores.
     """
 
     folder: Path
     train: dict[str, dict]
-    scores: dict[str, dict]
-    plot: dict[str, str]
-    merge: dict[str, dict]
+    make: dict[str, dict] = field(default_factory=dict)
+    scores: dict[str, dict] = field(default_factory=dict)
+    runs: dict[str, dict] = field(default_factory=dict)
+    plots: dict[str, dict[str, str]] = field(default_factory=dict)
+    most_seeds: int = sys.maxsize
 
     def seeds(self, name: str) -> range:
         """The training seeds of a run."""
-        return range((self.train | self.merge)[name].get("seeds", 1))
+        return range(min((self.train | self.make)[name].get("seeds", 1), self.most_seeds))
 
     def file(self, name: str, seed: int) -> Path:
         """What a run makes with a seed."""
@@ -66,28 +83,33 @@ class Plan:
     def jobs(self, options: Options) -> dict[str, Job]:
         """Everything that is to be run, by name."""
         jobs = [self._training(name, seed, options) for name in self.train for seed in self.seeds(name)]
-        jobs += [self._merging(name, seed) for name in self.merge for seed in self.seeds(name)]
+        jobs += [self._making(name, seed, options) for name in self.make for seed in self.seeds(name)]
         jobs += [self._scoring(name, options) for name in self.scores]
         tables = ",".join(str(self.folder / name / "students.json") for name in self.scores)
-        picture = self.folder / f"{options.table}.png"
-        drawn = [f"{key}={value}" for key, value in self.plot.items()]
-        words = ("-m", "evaluation.plot", f"tables=[{tables}]", f"dst={picture}", *drawn)
-        jobs.append(_job(f"plot_{options.table}", words, {f"score_{name}" for name in self.scores}))
+        for name, said in self.plots.items():
+            picture = self.folder / f"{options.table}_{name}.png"
+            drawn = [f"{key}={value}" for key, value in said.items()]
+            words = ("-m", "evaluation.plot", f"tables=[{tables}]", f"dst={picture}", *drawn)
+            jobs.append(_job(picture.stem, words, {f"score_{name}" for name in self.scores}))
+        if self.runs:
+            jobs += self._running(options)
         return {job.name: job for job in jobs}
 
     def _training(self, name: str, seed: int, options: Options) -> Job:
-        words, needs = self._filled(self.train[name]["words"], seed)
+        words, needs = self._filled(self.train[name]["words"], seed, options)
         own = (f"name={name}_{seed}", f"out={self.folder}", f"seed={seed}")
-        return _job(f"{name}_{seed}", (str(ROOT / "train.py"), *words, *options.train.split(), *own), needs)
+        start = (*options.launch.split(), str(ROOT / "train.py"))
+        return _job(f"{name}_{seed}", (*start, *words, *options.train.split(), *own), needs)
 
-    def _merging(self, name: str, seed: int) -> Job:
-        words, needs = self._filled(self.merge[name]["words"], seed)
-        return _job(f"{name}_{seed}", ("-m", "tools.merge", *words, f"dst={self.file(name, seed)}"), needs)
+    def _making(self, name: str, seed: int, options: Options) -> Job:
+        words, needs = self._filled(self.make[name]["words"], seed, options)
+        start = ("-m", f"tools.{self.make[name]['tool']}")
+        return _job(f"{name}_{seed}", (*start, *words, f"dst={self.file(name, seed)}"), needs)
 
     def _scoring(self, name: str, options: Options) -> Job:
         groups, needs = [], set()
         for label, what in self.scores[name]["rows"].items():
-            made = what in self.train | self.merge
+            made = what in self.train | self.make
             files = [str(self.file(what, seed)) for seed in self.seeds(what)] if made else [what]
             needs |= {f"{what}_{seed}" for seed in self.seeds(what)} if made else set()
             groups.append(",".join([f"{label}:{files[0]}", *files[1:]]))
@@ -95,12 +117,33 @@ class Plan:
         given = (*self.scores[name].get("words", "").split(), *options.score.split())
         return _job(f"score_{name}", ("-m", "evaluation.students", *words, *given), needs)
 
-    def _filled(self, words: str, seed: int) -> tuple[list[str], set[str]]:
+    def _running(self, options: Options) -> Iterator[Job]:
+        """Videos and scores of every model at every number of steps, then the comparison."""
+        made = []
+        for label, said in self.runs.items():
+            ckpt, needs = self._filled(f"ckpt={said['ckpt']}", 0, options)
+            for steps in said.get("steps", [None]):
+                made.append(f"{label} {steps}" if steps else label)
+                words = [*ckpt, "evaluation=vbench_quality", *options.score.split()]
+                words += [f"steps={steps}"] * (steps is not None) + [f"out={self.folder / made[-1]}"]
+                start = (*options.launch.split(), str(ROOT / "infer.py"))
+                yield _job(f"run_{made[-1]}", (*start, *words), needs)
+        folders = ",".join(str(self.folder / name) for name in made)
+        words = ("-m", "evaluation.compare", f"runs=[{folders}]", f"out={self.folder / options.table}")
+        yield _job(f"compare_{options.table}", words, {f"run_{name}" for name in made})
+
+    def _filled(self, words: str, seed: int, options: Options) -> tuple[list[str], set[str]]:
         """Words with the files that they name in braces, and the jobs that make those."""
         names = {name for _, name, *_ in string.Formatter().parse(words) if name}
-        if unknown := names - self.train.keys() - self.merge.keys():
+        files: dict[str, str | Path] = {}
+        if "teacher" in names:
+            names.remove("teacher")
+            if options.teacher is None:
+                raise UserError(f"scale={options.scale} compares with a teacher: pass its file as teacher=")
+            files["teacher"] = Path(options.teacher).expanduser().absolute()
+        if unknown := names - self.train.keys() - self.make.keys():
             raise UserError(f"{words!r} names {', '.join(unknown)}, which nothing makes")
-        files = {name: self.file(name, seed) for name in names}
+        files |= {name: self.file(name, seed) for name in names}
         return [word.format(**files) for word in words.split()], {f"{name}_{seed}" for name in names}
 
 
@@ -110,20 +153,39 @@ def read(options: Options) -> Plan:
     if not file.exists():
         choices = sorted(f"scale={path.parent.name} table={path.stem}" for path in TABLES.glob("*/*.yaml"))
         raise UserError(f"no table={options.table} at scale={options.scale}: choose {'; '.join(choices)}")
-    said = {"merge": {}, "plot": {}} | yaml.safe_load(file.read_text())
-    return Plan(Path(options.dst).expanduser().resolve(), **said)
+    said = yaml.safe_load(file.read_text())
+    return Plan(Path(options.dst).expanduser().resolve(), **said, most_seeds=options.seeds)
 
 
 def report(plan: Plan, options: Options) -> Path:
-    """Write the scores, one after the other, and the picture into one page."""
+    """Write the scores, one after the other, and the pictures into one page."""
     page = plan.folder / f"{options.table}.md"
     parts = [f"# {options.table}", f"`python -m tools.ablate {' '.join(sys.argv[1:])}`"]
     for name in plan.scores:
         parts += [f"## {name}", (plan.folder / name / "students.md").read_text().strip()]
-    parts.append(f"![{options.table}]({options.table}.png)")
+    if plan.runs:
+        made = plan.folder / options.table
+        parts += [(made / "compare.md").read_text().strip(), f"Plots and videos: {made / 'report.html'}"]
+    parts += [f"![{name}]({options.table}_{name}.png)" for name in plan.plots]
     with appearing(page) as part:
         part.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+def gather(folder: Path, doc: Path) -> None:
+    """Write all tables of a folder into one document, its pictures beside it."""
+    pages = [(folder / f"{name}.md") for name in sorted({path.stem for path in TABLES.glob("*/*.yaml")})]
+    parts = [
+        "# Ablations",
+        "Each table was written by the command below its name, which also writes this file.",
+    ]
+    for page in filter(Path.is_file, pages):
+        parts.append(page.read_text().replace("\n## ", "\n### ").replace("# ", "## ", 1).strip())
+        for picture in folder.glob(f"{page.stem}_*.png"):
+            with appearing(doc.parent / picture.name) as part:
+                shutil.copy(picture, part)
+    with appearing(doc) as part:
+        part.write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:
@@ -137,6 +199,8 @@ def main() -> None:
                 f"{len(failed)} jobs failed; the same command tries them again: {'; '.join(failed)}"
             )
         console.print(f"{report(plan, options)} is written", soft_wrap=True)
+        if options.doc is not None:
+            gather(plan.folder, Path(options.doc).expanduser())
 
 
 def _job(name: str, words: tuple[str, ...], needs: set[str]) -> Job:
