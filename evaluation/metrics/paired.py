@@ -7,6 +7,8 @@ trajectory is another, and its distance is drift, not quality.
 import torch
 from torch import Tensor
 
+from evaluation.backbones.lpips import LEAST, load_lpips
+from evaluation.backbones.pixels import planes
 from evaluation.metrics.score import VideoMetric
 from evaluation.records import Score
 from evaluation.videos import Footage
@@ -43,6 +45,24 @@ class SSIM(VideoMetric):
     def score(self, footage: Footage) -> Score:
         pairs = zip(footage.pixels, footage.reference, strict=True)
         return Score(float(torch.stack([_ssim(a, b) for a, b in pairs]).mean()))
+
+
+class LPIPS(VideoMetric):
+    """Perceptual distance on AlexNet, the mean over frames; 0 is alike."""
+
+    name = "lpips"
+    needs_reference = True
+    higher_is_better = False
+    weights = ("lpips_alex",)
+
+    def score(self, footage: Footage) -> Score:
+        height, width = footage.pixels.shape[1:3]
+        if min(height, width) < LEAST:
+            raise UserError(f"is {height} x {width}, and lpips needs {LEAST} x {LEAST}")
+        network = load_lpips(self.files["lpips_alex"], footage.pixels.device)
+        pairs = zip(footage.pixels.split(8), footage.reference.split(8), strict=True)
+        parts = [network(planes(a) / 127.5 - 1, planes(b) / 127.5 - 1) for a, b in pairs]
+        return Score(float(torch.cat(parts).double().mean()))
 
 
 def _ssim(one: Tensor, other: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """What every dimension that scores videos one by one has in common."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -15,7 +17,8 @@ class VideoMetric(Metric):
     """A mean over videos or over their frames.  `score` looks, `update` counts what was seen, in fp64.
 
     Looking and counting are apart so that a score can come from a file, another process or another run.
-    Processes exchange records, not states.  version: to be raised when scores change.
+    Processes exchange records, not states.  version: to be raised when scores change.  weights: of its
+    networks, by name in WEIGHTS; files: where they are.
     """
 
     full_state_update = False
@@ -25,12 +28,20 @@ class VideoMetric(Metric):
     version: ClassVar[int] = 1
     least_frames: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
+    weights: ClassVar[tuple[str, ...]] = ()
 
     total: Tensor
     units: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, files: Mapping[str, Path] | None = None) -> None:
         super().__init__(sync_on_compute=False)
+        self.files = {name: (files or {})[name] for name in self.weights}
+        if self.files:
+            # other weights, other scores
+            stats = [
+                (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files.values()
+            ]
+            self.version = (type(self).version, *stats)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("units", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -46,3 +57,8 @@ class VideoMetric(Metric):
     def compute(self) -> Tensor:
         """The dimension's score, fp64; NaN of nothing."""
         return self.total / self.units
+
+
+def in_parts(look: Callable[[Tensor], Tensor], frames: Tensor, most: int = 32) -> Tensor:
+    """What `look` makes of frames, so many at a time, fp32: all of a long video would not fit."""
+    return torch.cat([look(part).float() for part in frames.split(most)])

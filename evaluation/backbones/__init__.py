@@ -1,0 +1,1 @@
+"""Networks that look at videos, with parameters named as in their files, and where those files are."""
