@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evaluation.prompts import Prompt, Suite, file_name, parse_name
 from turbodiffusion.errors import UserError
+from turbodiffusion.pipelines.memory import host_memory, readable
 from turbodiffusion.pipelines.video_io import read_video
 
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".webm", ".avi")
@@ -122,9 +123,14 @@ def load(video: Video, device: torch.device) -> Footage:
 def decode(path: Path) -> tuple[Tensor, float]:
     """All frames (F, H, W, 3) uint8 as VBench's own readers give them, and frames per second.
 
-    Raises UserError if the file can not be read or holds no frame.
+    Raises UserError if the file can not be read, holds no frame or more of them than memory does.
     """
     try:
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            needed = 2 * 3 * stream.frames * stream.height * stream.width  # as they come, and stacked
+        if (free := host_memory()) is not None and needed > free:
+            raise UserError(f"is too large: {readable(needed)} for its frames, {readable(free)} free")
         return read_video(path)
     # what a file without streams, frames or a frame rate raises
     except (av.FFmpegError, OSError, IndexError, RuntimeError, TypeError) as error:

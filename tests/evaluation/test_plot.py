@@ -33,6 +33,12 @@ def test_tables_join_into_lines_with_errors(tables: list[str]) -> None:
     assert [x for x, *_ in points(rows, Options(x="steps"))["tuned"]] == [50, 50]
 
 
+def test_over_seconds_a_point_is_a_mean_over_runs() -> None:
+    seen = row("rCM", 0.0, 0.5, 0.7)
+    seen["runs"] = [run | {"seconds": s} for run, s in zip(seen["runs"], (1.0, 3.0), strict=True)]
+    assert points([seen], Options(x="seconds"))["rCM"] == [pytest.approx((2, 60, 20 / 2**0.5))]
+
+
 def test_a_picture_is_drawn(tables: list[str], tmp_path: Path) -> None:
     draw(Options(tables=tables, dst=str(tmp_path / "plots" / "sparsity.png")))
     with Image.open(tmp_path / "plots" / "sparsity.png") as picture:
@@ -43,7 +49,7 @@ def test_a_picture_is_drawn(tables: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"x": "bits"}, "x=bits: choose sparsity, steps"),
+        ({"x": "bits"}, "x=bits: choose sparsity, steps, seconds"),
         ({"score": "beauty"}, "score=beauty: choose subject"),
         ({"tables": ["no.json"]}, "no.json is no students.json"),
     ],

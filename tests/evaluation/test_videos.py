@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from torch import Tensor
@@ -96,3 +97,19 @@ def test_what_can_not_be_decoded_says_so(folder: Path, content: bytes | None) ->
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
     with pytest.raises(UserError, match="can not be read as a video"):
         load(Video(path, Prompt("a cat", "a cat")), torch.device("cpu"))
+
+
+def test_what_memory_can_not_hold_is_refused_unread(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.avi"), "w") as file:
+        stream = file.add_stream("mjpeg", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 512, 512, "yuvj420p"
+        file.mux(stream.encode(av.VideoFrame(512, 512, "yuvj420p")))
+    assert decode(tmp_path / "a.avi")[0].shape == (1, 512, 512, 3)
+    content = bytearray((tmp_path / "a.avi").read_bytes())
+    # the number of frames in the header of the stream
+    place = content.index(b"strh") + 40
+    assert content[place : place + 4] == (1).to_bytes(4, "little")
+    content[place : place + 4] = (10_000_000).to_bytes(4, "little")
+    (tmp_path / "b.avi").write_bytes(content)
+    with pytest.raises(UserError, match=r"is too large: 14648\.4 GiB for its frames"):
+        decode(tmp_path / "b.avi")
