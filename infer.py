@@ -3,6 +3,7 @@
 python infer.py prompt="an octopus drifts left across a teal background"
 python infer.py ckpt=wan2.1_t2v_1.3b.safetensors prompt="..." size=480p seed=1 out=clip.mp4
 python infer.py evaluation=tiny out=RUN
+torchrun --nproc-per-node=2 infer.py parallel=cp prompt="..."
 
 Every option, with its meaning, is a line of configs/infer.yaml.
 """
@@ -20,6 +21,9 @@ def main(cfg: DictConfig) -> None:
     """Read the options, then generate, and score if asked to."""
     options = read(cfg)
     # imported here: a wrong option, and Ctrl-C while torch loads, are answered at once
+    from turbodiffusion.pipelines.together import check_parallel
+
+    check_parallel(options)
     if options.evaluation is None:
         from turbodiffusion.pipelines.command import generate as task
     else:

@@ -1,6 +1,5 @@
 """What an experiment trains, put together: objective, data and outcome on one device."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,7 +24,7 @@ from turbodiffusion.checkpoints import detect, load_network, load_text_encoder, 
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.parallel import neighbours, own_device, split_tokens
+from turbodiffusion.parallel import neighbours, own_device, split_tokens, started
 from turbodiffusion.small_world.sprites import load_sprites
 from turbodiffusion.variants import variant
 
@@ -55,7 +54,7 @@ class Hardware:
             raise UserError(f"compile={compile}: choose false, true or {', '.join(COMPILE_MODES)}")
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision}: choose {' or '.join(PRECISIONS)}")
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        _, ranks = started()
         for name, count in {"shard": shard, "context": context}.items():
             if count < 1 or ranks % count:
                 raise UserError(

@@ -3,20 +3,26 @@
 import json
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from distill.jvp import jvp
 from distill.remat import rematerialize
 from distill.sharding import whole
-from tests.distill.ranks import DESCENT, Noise, everything, make_trainer
+from tests.distill.ranks import CPU, DESCENT, Noise, everything, make_trainer
 from turbodiffusion.attention import Attention
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.parallel import joined, neighbours, rank, split_tokens
+from turbodiffusion.pipelines.found import find, load
+from turbodiffusion.pipelines.generate import Clip, Pipeline
+from turbodiffusion.pipelines.options import read
+from turbodiffusion.pipelines.sizes import Size
 
 SLA = {"name": "sla", "ratio": 0.5, "block_q": 4, "block_k": 4}
 # 16 tokens, 18, and 5
@@ -138,6 +144,19 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
     return said
 
 
+def make_video(group: dist.ProcessGroup) -> float:
+    """The largest error of the small world's frames, in [-1, 1]."""
+    cfg = OmegaConf.load("configs/infer.yaml")
+    del cfg["defaults"], cfg["hydra"]
+    found = find(read(cfg))
+    models = load(found, device=CPU, dtype=torch.float32)
+    pipeline = Pipeline(models, replace(found.sampling, steps=2), device=CPU)
+    clip = Clip(prompts=["a fox jumps"], size=Size(64, 96), frames=5)
+    alone = pipeline(clip, [3]).frames
+    split_tokens(models.network, group)
+    return (pipeline(clip, [3]).frames - alone).abs().max().item()
+
+
 def train(folder: Path, case: str) -> dict[str, list[float]]:
     """Plain descent on two teams of two ranks: the losses; weights and averages to CASE.pt."""
     trainer, losses = make_trainer(folder / case, **TRAINED[case], context=2, **STEPS), {}
@@ -152,13 +171,14 @@ def train(folder: Path, case: str) -> dict[str, list[float]]:
 
 
 def main(folder: Path) -> None:
-    with joined(torch.device("cpu")):
+    with joined(CPU):
         pairs, four = neighbours(2), neighbours(4)
         results = {
             "two": compare(pairs),
             "four": compare(four),
             "exchanged": change_attention(pairs),
             "refused": refusals(pairs),
+            "video": make_video(pairs),
             "losses": {case: train(folder, case) for case in TRAINED},
         }
         (folder / f"rank{rank()}.json").write_text(json.dumps(results))

@@ -53,6 +53,12 @@ def test_attention_may_be_exchanged_later(ranks: list[dict]) -> None:
 
 
 @pytest.mark.dist
+def test_a_shared_video_is_that_of_one_process(ranks: list[dict]) -> None:
+    # velocities are exact to 1e-6 of the largest, about 5; the VAE adds little
+    assert all(rank["video"] < 1e-5 for rank in ranks)
+
+
+@pytest.mark.dist
 def test_heads_and_tokens_that_can_not_be_shared_are_refused(ranks: list[dict]) -> None:
     for rank in ranks:
         heads, tokens = rank["refused"]

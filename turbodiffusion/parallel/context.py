@@ -26,12 +26,7 @@ def split_tokens(network: WanModel, ranks: dist.ProcessGroup) -> None:
     rank's part of a sum over the ranks, and an input's is whole.  Raises UserError for heads that do not
     divide; a forward does for fewer tokens than ranks.
     """
-    heads = network.config["heads"]
-    if heads % ranks.size():
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise UserError(
-            f"{ranks.size()} processes can not share a network of {heads} heads: take one of {fitting}"
-        )
+    check_heads(network.config["heads"], ranks.size())
     split = _Split(ranks)
     network.register_forward_pre_hook(split.enter_network, with_kwargs=True)
     for block in network.blocks:
@@ -39,6 +34,13 @@ def split_tokens(network: WanModel, ranks: dist.ProcessGroup) -> None:
         block.self_attn.register_forward_pre_hook(split.enter_attention)
     network.head.register_forward_pre_hook(split.enter_head)
     network.head.register_forward_hook(split.leave_head)
+
+
+def check_heads(heads: int, count: int) -> None:
+    """UserError for a network that so many processes can not share."""
+    if heads % count:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(f"{count} processes can not share a network of {heads} heads: take one of {fitting}")
 
 
 class _Split:

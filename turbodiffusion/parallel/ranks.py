@@ -7,6 +7,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from turbodiffusion.errors import UserError
+
+
+def started() -> tuple[int, int]:
+    """This process's rank among those that torchrun started, and their number."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
@@ -38,9 +45,14 @@ def neighbours(count: int) -> dist.ProcessGroup:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of an accelerator, this process's own: torchrun counts those that it starts on a machine."""
+    """Of an accelerator, this process's own: torchrun counts those that it starts on a machine.
+
+    Raises UserError where there is none left.
+    """
     if device.type == "cpu" or device.index is not None or "LOCAL_RANK" not in os.environ:
         return device
-    own = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-    torch.accelerator.set_device_index(own.index)
-    return own
+    index, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if index >= count:
+        raise UserError(f"process {index + 1} here has no device, of which PyTorch sees {count}: start fewer")
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)

@@ -16,6 +16,15 @@ from rich.table import Column, Table
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
+from turbodiffusion.parallel import (
+    check_heads,
+    neighbours,
+    own_device,
+    rank,
+    split_tokens,
+    started,
+    world_size,
+)
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, find, load, stages
 from turbodiffusion.pipelines.generate import Clip, Pipeline
@@ -26,6 +35,7 @@ from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import command, environment, fingerprint
 from turbodiffusion.pipelines.request import Request, Shot, pick_device, pick_dtype, resolve
 from turbodiffusion.pipelines.texts import cache_folder
+from turbodiffusion.pipelines.together import is_shared, only, own_share, together
 from turbodiffusion.pipelines.video_io import (
     Take,
     beside,
@@ -41,16 +51,19 @@ _Right = partial(Column, justify="right")
 
 def generate(options: Options) -> None:
     """Make the videos the options ask for; UserError for what can not be, before any weight is read."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=started()[0] > 0)
     note = partial(console.print, style="yellow", markup=False, highlight=False)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: note(f"note: {message}")
-        device = pick_device(options.device)
+        device = own_device(pick_device(options.device))
         dtype = pick_dtype(options.dtype, device)
         found = find(options)
+        if is_shared(options):
+            check_heads(found.reports["network"].config["heads"], started()[1])
         request = resolve(options, found.variant, found.sampling, found.multiple())
         plan = make_plan(options, found, request, dtype, free_memory(device))
-        graph = check_graph(options.graph, device, plan.offload, compiled=options.compile)
+        ways = {"compiled": options.compile, "shared": is_shared(options)}
+        graph = check_graph(options.graph, device, plan.offload, **ways)
         # every "auto" and every default that is used, written out
         sampled = ("steps", "shift", "sigma_max", "boundary", "frames", "fps", "sampler")
         settled = replace(
@@ -68,9 +81,11 @@ def generate(options: Options) -> None:
         title = f"{found.variant.name}, {device}, {settled.dtype}, quant {found.quant}, "
         title += f"attention {spoken(found.attention)}"
         _show_plan(console, plan, title)
-        todo = _unfinished(console, request.shots) if options.prompt_file else request.shots
+        todo = own_share(options, request.shots)
+        todo = _unfinished(console, todo) if options.prompt_file else todo
         if todo and not options.plan_only:
-            Run(console, settled, found, request).all(todo)
+            with together(options, device):
+                Run(console, settled, found, request).all(todo)
 
 
 def make_plan(options: Options, found: Found, request: Request, dtype: torch.dtype, free: Free) -> Plan:
@@ -98,6 +113,9 @@ class Run:
             home = device if offload == "none" else torch.device("cpu")
             dtype, texts = pick_dtype(options.dtype, device), cache_folder(options.text_cache)
             models = load(found, device=home, dtype=dtype, text_cache=texts)
+            if is_shared(options):
+                for network in filter(None, (models.network, models.network_low)):
+                    split_tokens(network, neighbours(world_size()))
         self.pipeline = Pipeline(
             models,
             request.sampling,
@@ -117,6 +135,7 @@ class Run:
             "times": self.pipeline.times.tolist(),
             "files": {name: fingerprint(path) for name, path in files.items()},
             "environment": environment(),
+            "processes": world_size() if is_shared(options) else 1,
             "loading_seconds": round(loading.seconds["loading"], 3),
         }
 
@@ -145,6 +164,8 @@ class Run:
                 watch = Watch(self.pipeline.device, on_progress)
                 latents = self.pipeline.denoise(encoded, [seed], watch, noise)
                 noise = None  # the first seed's alone
+                if is_shared(self.options) and rank() > 0:  # the first decodes and writes
+                    continue
                 with ExitStack() as writing:
                     take = writing.enter_context(self._writing(path))
                     self.pipeline.decode(latents, watch, take)
@@ -171,7 +192,8 @@ class Run:
         """The JSON: the command that makes this file alone, what it resolved to, and what made it."""
         names = ("prompt", "negative_prompt", "image", "last_image", "size")
         own = {name: str(value) for name in names if (value := getattr(shot, name)) is not None}
-        alone = {"prompt_file": None, "adaptive": False, "seed": seed, "num_samples": 1, "out": str(path)}
+        alone = {"prompt_file": None, "parallel": "none", "adaptive": False}
+        alone |= {"seed": seed, "num_samples": 1, "out": str(path)}
         options = replace(self.options, **own, **alone)
         spent = {"seconds": {name: round(each, 3) for name, each in seconds.items()}}
         return {"command": command(options), "options": asdict(options), **self.made_by, **spent}
@@ -195,14 +217,11 @@ def _unfinished(console: Console, shots: Sequence[Shot]) -> list[Shot]:
     def is_made(path: Path) -> bool:
         return path.exists() and path.with_suffix(".json").exists()
 
-    left = [
-        replace(shot, outputs={seed: path for seed, path in shot.outputs.items() if not is_made(path)})
-        for shot in shots
-    ]
+    left = only(shots, lambda path: not is_made(path))
     count, missing = (sum(len(shot.outputs) for shot in part) for part in (shots, left))
     if kept := count - missing:
         console.print(f"{kept} of {count} files exist and are kept; delete one to make it again")
-    return [shot for shot in left if shot.outputs]
+    return left
 
 
 def _show_plan(console: Console, plan: Plan, title: str) -> None:

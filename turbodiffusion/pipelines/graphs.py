@@ -14,8 +14,10 @@ Replay = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
-def check_graph(name: str, device: torch.device, offload: Offload, *, compiled: bool = False) -> bool:
-    """Whether steps are recorded: as asked or, with auto, where they can be.
+def check_graph(
+    name: str, device: torch.device, offload: Offload, *, compiled: bool = False, shared: bool = False
+) -> bool:
+    """Whether steps are recorded: as asked or, with auto, where they can be; shared: by processes.
 
     UserError for what can not be recorded, or compiled.
     """
@@ -29,8 +31,10 @@ def check_graph(name: str, device: torch.device, offload: Offload, *, compiled: 
             raise UserError(f"graph=true records what a CUDA device does, and this is {device}.")
         if name == "true" and offload == "block":
             raise UserError("graph=true needs weights that stay in their place: leave offload=block away.")
+        if name == "true" and shared:
+            raise UserError("graph=true can not record what processes tell each other: leave it away.")
         return name == "true"
-    return device.type == "cuda" and offload != "block"
+    return device.type == "cuda" and offload != "block" and not shared
 
 
 def capture_cuda(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:

@@ -44,6 +44,7 @@ class Options:
     quant: str = MISSING
     offload: str = MISSING
     graph: str = MISSING
+    parallel: str = MISSING
     compile: bool = MISSING
     text_cache: str = MISSING
     tiling: str = MISSING
