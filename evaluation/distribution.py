@@ -30,20 +30,20 @@ def features(latents: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return torch.cat((mean.flatten(1), variance.clamp(min=0).sqrt().flatten(1)), dim=1)
 
 
-def frechet_distance(one: Tensor, other: Tensor) -> float:
+def frechet_distance(one: Tensor, other: Tensor, *, may_be_singular: bool = False) -> float:
     """Between Gaussians fitted to features (N, D) and (M, D), N and M above D; squared, in fp64.
 
     |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^1/2) (arXiv:1706.08500, equation 6), C with N - 1.  With C = R^T R
     the last trace is the sum of the singular values of R1 R2^T, which needs no root of a matrix.  It is
     biased upwards, at unit variances by about D^2 / 2N: compare it with two equal sets of the same sizes.
-    Raises UserError for fewer samples, whose covariance would be singular.
+    Raises UserError for fewer samples, whose covariance would be singular; or for fewer than two.
     """
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1]:
         raise UserError(f"got features {tuple(one.shape)} and {tuple(other.shape)}; give (N, D) and (M, D)")
-    if min(len(one), len(other)) <= one.shape[1]:
+    if (least := min(len(one), len(other))) <= (wanted := 1 if may_be_singular else one.shape[1]):
         raise UserError(
-            f"{min(len(one), len(other))} samples of {one.shape[1]} features have no covariance to compare; "
-            f"give more than {one.shape[1]}"
+            f"{least} samples of {one.shape[1]} features have no covariance to compare; "
+            f"give more than {wanted}"
         )
     one, other = one.double(), other.double()
     roots = [torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (one, other)]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 4
+LEAST = 128  # pixels, at an eighth of which the finest level is: below, the coarsest is one wide
 
 
 def pyramid(one: Tensor, other: Tensor) -> list[Tensor]:

@@ -44,6 +44,15 @@ def padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tenso
     return F.pad(x, [each for n in reversed(lacking) for each in (n // 2, n - n // 2)])
 
 
+def extended(x: Tensor, multiple: int) -> tuple[Tensor, tuple[slice, ...]]:
+    """(F, C, H, W) with its edges repeated until H and W are multiples; and where the frame is in it."""
+    height, width = x.shape[-2:]
+    down, across = -height % multiple, -width % multiple
+    top, left = down // 2, across // 2
+    frame = (..., slice(top, top + height), slice(left, left + width))
+    return F.pad(x, (left, across - left, top, down - top), mode="replicate"), frame
+
+
 def standardise(x: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """[0, 255] -> mean 0 and deviation 1 of what the network was trained on."""
     mean, std = torch.tensor(statistics, device=x.device)[..., None, None]

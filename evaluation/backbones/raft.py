@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from evaluation.backbones.correlation import LEVELS, grid, look_up, pyramid
 from evaluation.backbones.weights import filled, read_state
 
-LEAST = 128  # pixels: below, the coarsest map of likeness is one wide
 _STEPS = 20
 _RADIUS = 4
 _HIDDEN = 128

@@ -6,7 +6,7 @@ from evaluation.backbones.weights import find_weights
 from evaluation.metrics.action import HumanAction
 from evaluation.metrics.consistency import BackgroundConsistency, SubjectConsistency
 from evaluation.metrics.flickering import TemporalFlickering
-from evaluation.metrics.motion import DynamicDegree
+from evaluation.metrics.motion import DynamicDegree, MotionSmoothness
 from evaluation.metrics.paired import LPIPS, PSNR, SSIM
 from evaluation.metrics.quality import AestheticQuality, ImagingQuality
 from evaluation.metrics.score import VideoMetric
@@ -16,7 +16,7 @@ from evaluation.vbench import DIMENSIONS
 from turbodiffusion.errors import UserError
 
 _ALL = (
-    *(TemporalFlickering, SubjectConsistency, BackgroundConsistency, DynamicDegree),
+    *(SubjectConsistency, BackgroundConsistency, TemporalFlickering, MotionSmoothness, DynamicDegree),
     *(AestheticQuality, ImagingQuality, HumanAction, AppearanceStyle, TemporalStyle, OverallConsistency),
     *(ClipSim, ClipTemp, PSNR, SSIM, LPIPS, SmallWorld),
 )

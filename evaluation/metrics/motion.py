@@ -1,27 +1,32 @@
-"""VBench's dynamic degree, and which videos are static enough for its temporal flickering."""
+"""VBench's dynamic degree and motion smoothness, and which videos are static enough for its flickering."""
 
 from itertools import pairwise
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from evaluation.backbones.pixels import planes
-from evaluation.backbones.raft import LEAST, Raft, load_raft
+from evaluation.backbones.amt import STEP, load_amt
+from evaluation.backbones.correlation import LEAST
+from evaluation.backbones.pixels import extended, planes
+from evaluation.backbones.raft import Raft, load_raft
 from evaluation.metrics.score import VideoMetric
 from evaluation.records import Score
 from evaluation.videos import Footage
 from turbodiffusion.errors import UserError
 
 
+def _checked(footage: Footage) -> Tensor:
+    """Its frames, if they are large enough."""
+    height, width = footage.pixels.shape[1:3]
+    if min(height, width) < LEAST:
+        raise UserError(f"is {height} x {width}, and motion is measured from {LEAST} x {LEAST} on")
+    return footage.pixels
+
+
 def fastest(network: Raft, one: Tensor, other: Tensor, share: float) -> float:
     """Mean pixels that the fastest share of a frame (H, W, 3) uint8 moves until the other."""
-    height, width = one.shape[:2]
-    if min(height, width) < LEAST:
-        raise UserError(f"is {height} x {width}, and RAFT needs {LEAST} x {LEAST}")
-    down, across = -height % 8, -width % 8
-    edges = (across // 2, across - across // 2, down // 2, down - down // 2)
-    flow = network(*(F.pad(planes(frame[None]), edges, mode="replicate") for frame in (one, other)))
-    speed = flow.norm(dim=1).flatten()
+    frames = (extended(planes(frame[None]), 8)[0] for frame in (one, other))
+    speed = network(*frames).norm(dim=1).flatten()
     return float(speed.topk(int(share * len(speed))).values.mean())
 
 
@@ -38,7 +43,7 @@ class DynamicDegree(VideoMetric):
 
     def score(self, footage: Footage) -> Score:
         network = load_raft(self.files["raft"], footage.pixels.device)
-        frames = footage.pixels[:: max(1, round(footage.fps / 8))]
+        frames = _checked(footage)[:: max(1, round(footage.fps / 8))]
         limit, fast, is_dynamic = 6 * min(frames.shape[1:3]) / 256, 0, False
         for one, other in pairwise(frames):
             fast += fastest(network, one, other, 0.05) > limit
@@ -48,8 +53,28 @@ class DynamicDegree(VideoMetric):
         return Score(float(is_dynamic))
 
 
-def is_static(network: Raft, pixels: Tensor) -> bool:
-    """Whether at most an eighth of neighbouring frames (F, H, W, 3) move fast, and the ends differ little."""
+class MotionSmoothness(VideoMetric):
+    """1 - mean |x - y| / 255 of every other frame x and what AMT-S makes of those around it, y."""
+
+    name = "motion_smoothness"
+    least_frames = 3
+    weights = ("amt_s",)
+
+    def score(self, footage: Footage) -> Score:
+        network, frames = load_amt(self.files["amt_s"], footage.pixels.device), _checked(footage)
+        errors = []
+        for i in range(0, len(frames) - 2, 2):
+            ends, inside = extended(planes(frames[i : i + 3 : 2]) / 255, STEP)
+            guess = network(*ends.split(1)).clamp(0, 1)[inside]
+            # cut off, not rounded, as upstream
+            error = (255 * guess).byte().int() - planes(frames[i + 1 : i + 2]).int()
+            errors.append(error.abs().double().mean())
+        return Score(1 - float(torch.stack(errors).mean()) / 255)
+
+
+def is_static(network: Raft, footage: Footage) -> bool:
+    """Whether about an eighth of neighbouring frames at most move fast, and the ends differ little."""
+    pixels = _checked(footage)
     limit, most = 3 * min(pixels.shape[1:3]) / 256, round(2 * len(pixels) / 16)
     fast = 0
     for one, other in pairwise(pixels):
