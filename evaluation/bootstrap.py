@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evaluation.records import Record
-from evaluation.vbench import T2V
+from evaluation.vbench import board_of
 
 REPLICATES = 2000
 
@@ -36,7 +36,7 @@ def draws(prompts: int) -> Tensor:
 def scores(tables: Mapping[str, Tensor], drawn: Tensor) -> dict[str, Tensor]:
     """Every dimension's score (R,), prompts weighted by drawn (R, prompts); VBench's totals if complete."""
     raw = {name: (drawn @ total) / (drawn @ units) for name, (total, units) in tables.items()}
-    totals = T2V.totals(raw)
+    totals = board_of(raw).totals(raw)
     return raw | totals.groups | ({} if totals.total is None else {"total": totals.total})
 
 

@@ -19,6 +19,7 @@ from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.export import read_upstream
 from evaluation.records import Record, read_records
 from evaluation.report_page import page, read_run, table
+from evaluation.vbench import GROUPS
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.cli import one_sentence
@@ -80,7 +81,7 @@ def compare(baseline: Iterable[Record], other: Iterable[Record], run: str = "") 
         first, second = (float(point[name]) for point in points)
         asked = {one[key].prompt: None for key in shared if key[0] == name} or prompts
         low, high = interval(replicates[1][name] - replicates[0][name]) if len(asked) > 1 else (None, None)
-        videos = len({key[1] for key in shared if name in (key[0], "quality", "semantic", "total")})
+        videos = len({key[1] for key in shared if name in (key[0], *GROUPS)})
         found.append(Difference(run, name, first, second, second - first, low, high, len(asked), videos))
     return found
 

@@ -10,7 +10,7 @@ from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.metrics import VideoMetric
 from evaluation.prompts import Suite
 from evaluation.records import Record
-from evaluation.vbench import DIMENSIONS, T2V
+from evaluation.vbench import DIMENSIONS, board_of
 from evaluation.videos import Found, Video
 
 _SHOWN = 20  # missing files that the report lists
@@ -35,7 +35,7 @@ def summarise(
     return {
         "schema": 1,
         "dimensions": dimensions,
-        "totals": asdict(T2V.totals(raw)) if is_suite else None,
+        "totals": asdict(board_of(suite.counts()).totals(raw)) if is_suite else None,
         "notes": list(_notes(metrics, failures, found, suite)),
         "failures": [{"video": r.video, "dimension": r.dimension, "reason": r.failed} for r in failures],
         "left_out": found.odd,

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluation.vbench import DIMENSIONS, PUBLISHED
+from evaluation.vbench import DIMENSIONS, GROUPS, PUBLISHED, T2V, board_of
 
 if TYPE_CHECKING:  # of the extra `eval`
     from matplotlib.figure import Figure
 
-TOTALS = ("quality", "semantic", "total")
+TOTALS = ("quality", "semantic", "total")  # of published rows
 Estimates = Mapping[str, Mapping[str, "Estimate"]]
 
 
@@ -52,7 +52,10 @@ def figures(runs: Estimates, seconds: Mapping[str, float | None]) -> Iterator[st
         yield radar(shares, names)
     if names:
         yield bars(shares, names, "normalised as on VBench's leaderboard where it has the dimension")
-    totals = {run: {name: found[name] for name in TOTALS if name in found} for run, found in runs.items()}
+    totals = {
+        run: {name: found[name] for name in TOTALS if name in found and board_of(found) is T2V}
+        for run, found in runs.items()
+    }
     if any(totals.values()):
         yield published(totals)
     main = next(
@@ -151,4 +154,4 @@ def _image(figure: "Figure", *, legend: bool = False) -> str:
 
 
 def _is_share(name: str, score: Estimate) -> bool:
-    return name in DIMENSIONS or (name not in TOTALS and 0 <= score.value <= 1)
+    return name in DIMENSIONS or (name not in GROUPS and 0 <= score.value <= 1)

@@ -4,7 +4,7 @@ Constants and formulas are those of VBench (arXiv:2311.17982) and VBench-I2V (ar
 leaderboard computes them.  Raw scores and totals are in [0, 1] here; the leaderboard prints them times 100.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -102,6 +102,13 @@ I2V = Board(
     {"quality": 1, "i2v": 1},
 )
 DIMENSIONS = T2V.dimensions | I2V.dimensions
+GROUPS = (*T2V.groups, "i2v", "total")  # what totals are called
+
+
+def board_of(dimensions: Iterable[str]) -> Board:
+    """The leaderboard that has these."""
+    return T2V if _FROM_IMAGE.keys().isdisjoint(dimensions) else I2V
+
 
 # quality, semantic and total of published rows, times 100; steps, 50 of them guided.  The same checkpoint
 # spans more than a point between papers, whose prompts, seeds and cards differ.

@@ -366,3 +366,15 @@ def test_two_processes_share_an_evaluation(files: dict[str, str], tmp_path: Path
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert results[0]["dimensions"] == results[1]["dimensions"]
+
+
+def test_weights_are_missed_before_anything_is_generated(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("TURBODIFFUSION_WEIGHTS", "VBENCH_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "p.txt").write_text("a cat\n")
+    outcome = run("evaluation=custom", "prompt=null", f"prompt_file={tmp_path / 'p.txt'}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "Weights are missing" in outcome.err
+    assert not (tmp_path / "out").exists()

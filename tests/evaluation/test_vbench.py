@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from evaluation.vbench import DIMENSIONS, I2V, T2V, Board, Dimension
+from evaluation.bootstrap import scores
+from evaluation.vbench import DIMENSIONS, I2V, T2V, Board, Dimension, board_of
 
 
 def raw_for(board: Board, groups: dict[str, float]) -> dict[str, float]:
@@ -76,3 +77,14 @@ def test_order_and_clipping() -> None:
     assert len(DIMENSIONS) == 19
     # above the table's maximum a score stays above 1
     assert Dimension(low=0.5, high=0.75).normalise(1.0) == 2.0
+
+
+def test_prompts_of_pictures_have_a_leaderboard_of_their_own() -> None:
+    assert board_of(["temporal_flickering", "dynamic_degree"]) is T2V
+    assert board_of(["dynamic_degree", "i2v_subject"]) is I2V
+    # one weight of VBench-I2V's three is a tenth: (0.1 x 0 + 1 + 1) / 2.1 where the camera alone is wrong
+    raw = {name: each.high for name, each in I2V.dimensions.items()} | {"camera_motion": 0.0}
+    tables = {name: torch.tensor([[value], [1.0]], dtype=torch.float64) for name, value in raw.items()}
+    found = scores(tables, torch.ones(1, 1, dtype=torch.float64))
+    assert found["i2v"].item() == pytest.approx(2 / 2.1, abs=1e-12)
+    assert found["total"].item() == pytest.approx((1 + 2 / 2.1) / 2, abs=1e-12)
