@@ -72,7 +72,9 @@ def draw(options: Options) -> None:
     axes = figure.subplots()
     levels = {mean(run[options.score] for run in rows[0]["runs"]) for rows in tables}
     for level in levels:
-        axes.axhline(COLUMNS[options.score][1] * level, color="grey", linestyle="--", label="teacher")
+        axes.axhline(
+            COLUMNS[options.score][1] * level, color="grey", linestyle="--", label="teacher, in full"
+        )
     unjudged = ("teacher, other noise",) if options.x == "seconds" else ("teacher", "teacher, other noise")
     judged = [row for rows in tables for row in rows if row["model"] not in unjudged]
     for model, line in points(judged, options).items():
@@ -81,6 +83,8 @@ def draw(options: Options) -> None:
     axes.set(xlabel=AXES[options.x][0], ylabel=COLUMNS[options.score][0])
     if options.x == "seconds":
         axes.set_xscale("log")
+    elif options.x == "steps":
+        axes.set_xticks(sorted({row["steps"] for row in judged}))
     axes.grid(alpha=0.3)
     axes.legend()
     with appearing(Path(options.dst).expanduser()) as part:

@@ -61,7 +61,7 @@ def figures(runs: Estimates, seconds: Mapping[str, float | None]) -> Iterator[st
     main = next(
         (name for name in ("total", "quality", *names) if all(name in found for found in runs.values())), None
     )
-    if main is not None and any(seconds.values()):
+    if main is not None and len(runs) > 1 and any(seconds.values()):
         yield latency({run: found[main] for run, found in runs.items()}, seconds, main)
 
 

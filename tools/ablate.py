@@ -14,6 +14,7 @@ evaluations ask for: train="data.path=SHARDS negative=FILE" score="prompt_file=V
 one GPU is too slow: gpus=0 each=1 launch="-m torch.distributed.run --nproc-per-node 8".
 """
 
+import shlex
 import shutil
 import string
 import sys
@@ -160,7 +161,7 @@ def read(options: Options) -> Plan:
 def report(plan: Plan, options: Options) -> Path:
     """Write the scores, one after the other, and the pictures into one page."""
     page = plan.folder / f"{options.table}.md"
-    parts = [f"# {options.table}", f"`python -m tools.ablate {' '.join(sys.argv[1:])}`"]
+    parts = [f"# {options.table}", f"`python -m tools.ablate {shlex.join(sys.argv[1:])}`"]
     for name in plan.scores:
         parts += [f"## {name}", (plan.folder / name / "students.md").read_text().strip()]
     if plan.runs:
