@@ -36,13 +36,18 @@ class Estimate:
         return Estimate(DIMENSIONS[name].normalise(self.value), *ends)
 
 
-def figures(runs: Estimates, seconds: Mapping[str, float | None]) -> Iterator[str]:
+def figures(runs: Estimates, seconds: Mapping[str, float | None]) -> list[str]:
     """The plots that there are numbers for, as HTML; a sentence instead where there is no matplotlib."""
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib import colormaps, cycler, rc_context
     except ImportError:
-        yield "<p>Plots need matplotlib: pip install 'turbodiffusion[eval]'.</p>"
-        return
+        return ["<p>Plots need matplotlib: pip install 'turbodiffusion[eval]'.</p>"]
+    colors = cycler(color=colormaps["tab10" if len(runs) <= 10 else "tab20"].colors)
+    with rc_context({"axes.prop_cycle": colors, "svg.hashsalt": "report"}):  # equal runs give equal files
+        return list(_figures(runs, seconds))
+
+
+def _figures(runs: Estimates, seconds: Mapping[str, float | None]) -> Iterator[str]:
     shares = {
         run: {name: score.normalised(name) for name, score in found.items() if _is_share(name, score)}
         for run, found in runs.items()
@@ -58,11 +63,11 @@ def figures(runs: Estimates, seconds: Mapping[str, float | None]) -> Iterator[st
     }
     if any(totals.values()):
         yield published(totals)
-    main = next(
-        (name for name in ("total", "quality", *names) if all(name in found for found in runs.values())), None
-    )
-    if main is not None and len(runs) > 1 and any(seconds.values()):
-        yield latency({run: found[main] for run, found in runs.items()}, seconds, main)
+    everywhere = [
+        name for name in ("total", "quality", *names) if all(name in each for each in runs.values())
+    ]
+    if everywhere and len(runs) > 1 and any(seconds.values()):
+        yield latency({run: found[everywhere[0]] for run, found in runs.items()}, seconds, everywhere[0])
 
 
 def radar(runs: Estimates, names: list[str]) -> str:
@@ -73,7 +78,8 @@ def radar(runs: Estimates, names: list[str]) -> str:
     for run, found in runs.items():
         values = [found[name].value if name in found else math.nan for name in names]
         (line,) = axes.plot([*angles, angles[0]], [*values, values[0]], marker="o", markersize=3, label=run)
-        axes.fill(angles, values, color=line.get_color(), alpha=0.1)
+        if len(runs) < 4:
+            axes.fill(angles, values, color=line.get_color(), alpha=0.1)
     axes.set_xticks(angles, [name.replace("_", "\n") for name in names], fontsize=8)
     axes.tick_params(axis="x", pad=12)
     axes.set_ylim(0, 1)
@@ -123,15 +129,17 @@ def published(runs: Estimates) -> str:
 
 def latency(scores: Mapping[str, Estimate], seconds: Mapping[str, float | None], name: str) -> str:
     """A score over the seconds that a video took to generate."""
-    figure = _figure(6.4, 4)
+    from matplotlib.ticker import LogLocator
+
+    figure = _figure(6.4, 4 + 0.07 * len(scores))
     axes = figure.subplots()
     for run, score in scores.items():
         if seconds[run]:
             ends = None if score.low is None else [[score.value - score.low], [score.high - score.value]]
             axes.errorbar([seconds[run]], [score.value], yerr=ends, marker="o", capsize=3, label=run)
     axes.set(xscale="log", xlabel="seconds a video, without loading", ylabel=name.replace("_", " "))
-    marked = sorted(filter(None, seconds.values()))
-    axes.set_xticks(marked, [f"{each:.3g}" for each in marked])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     return _image(figure, legend=True)
@@ -146,10 +154,7 @@ def _figure(width: float, height: float) -> "Figure":
 def _image(figure: "Figure", *, legend: bool = False) -> str:
     if legend:
         figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "report"}):  # and no date: equal runs give equal files
-        figure.savefig(buffer := io.BytesIO(), format="svg", metadata={"Date": None})
+    figure.savefig(buffer := io.BytesIO(), format="svg", metadata={"Date": None})
     return f'<img alt="plot" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 

@@ -35,7 +35,8 @@ table {border-collapse: collapse; margin: .8rem 0}
 th, td {padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5}
 td {text-align: right; font-variant-numeric: tabular-nums} th {text-align: left; font-weight: 600}
 td small, .quiet {color: #666} .wrap td {text-align: left; overflow-wrap: anywhere}
-img {max-width: 100%; vertical-align: middle; margin-bottom: 2px} figure {margin: .6rem 0} figcaption {margin-bottom: .2rem}
+img {max-width: 100%; vertical-align: middle; margin-bottom: 2px}
+figure {margin: .6rem 0} figcaption {margin-bottom: .2rem}
 .plots img {margin: .5rem 1rem .5rem 0} ul {padding-left: 1.2rem} li {overflow-wrap: anywhere}
 """
 
@@ -101,7 +102,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") ->
 def _score_table(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     names = dict.fromkeys(name for run in estimates.values() for name in run)
     rows = [[name, *(str(run.get(name, "")) for run in estimates.values())] for name in names]
-    return table(["score (95 % by bootstrap over prompts)", *estimates], rows)
+    head = ["score (95 % by bootstrap over prompts)", *estimates]
+    if len(estimates) > len(names):  # the longer side downwards
+        head, *rows = zip(head, *rows, strict=True)
+    return table(head, rows)
 
 
 def _worst(runs: Sequence[Run]) -> Iterator[str]:

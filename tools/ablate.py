@@ -1,16 +1,16 @@
 """Make an ablation's table: train, merge, quantise and score what it compares, on all GPUs, and draw it.
 
     python -m tools.ablate table=methods [scale=tiny] [dst=runs/ablations] [gpus=N] [each=3] [doc=FILE.md]
-                           [train="key=value ..."] [score="key=value ..."] [seeds=N] [teacher=FILE]
-                           [launch="..."]
+                           [train="key=value ..."] [score="key=value ..."] [run="key=value ..."]
+                           [seeds=N] [teacher=FILE] [launch="..."]
 
 configs/ablations/SCALE/TABLE.yaml says what is compared.  train: added to every training, such as device=cuda
-compile=true; score: to every scoring, such as count=64; seeds: at most so many trainings of each.  The same
-command again goes on where it stopped; tables in one dst share what they train alike.  DST/TABLE.md is the
-result; doc= gathers all of DST.
+compile=true; score: to every scoring, such as count=64; run: to every infer.py evaluation=...; seeds: at most
+so many trainings of each.  The same command again goes on where it stopped; tables in one dst share what they
+train alike.  DST/TABLE.md is the result, DST/TABLE/report.html shows videos; doc= gathers all of DST.
 
 scale=wan1_3b needs teacher=, the VAE and text encoder in $TURBODIFFUSION_WEIGHTS, and what experiments and
-evaluations ask for: train="data.path=SHARDS negative=FILE" score="prompt_file=VBench_full_info.json".  Where
+evaluations ask for: train="data.path=SHARDS negative=FILE" run="prompt_file=VBench_full_info.json".  Where
 one GPU is too slow: gpus=0 each=1 launch="-m torch.distributed.run --nproc-per-node 8".
 """
 
@@ -48,6 +48,7 @@ class Options:
     each: int = 3 if torch.cuda.is_available() else 1  # jobs at a time on a GPU, or in all
     train: str = ""
     score: str = ""
+    run: str = ""
     teacher: str | None = None
     launch: str = ""
     doc: str | None = None
@@ -61,7 +62,7 @@ class Plan:
     train and make: name -> words, and seeds where there are several, of commands; {other} in them is what
     another one made with that seed, {teacher} a file; make says its tool, merge or quantize.  scores: of the
     small world, name -> rows, label -> one of those names or a file, and words.  runs: label -> ckpt, in
-    braces too, and numbers of steps; VBench's quality of all is compared with that of the first.  plots:
+    braces too, and numbers of steps; by infer.py's `evaluation` all are compared with the first.  plots:
     name -> words of evaluation.plot, over all scores.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     make: dict[str, dict] = field(default_factory=dict)
     scores: dict[str, dict] = field(default_factory=dict)
     runs: dict[str, dict] = field(default_factory=dict)
+    evaluation: str = "vbench_quality"
     plots: dict[str, dict[str, str]] = field(default_factory=dict)
     most_seeds: int = sys.maxsize
 
@@ -125,7 +127,7 @@ class Plan:
             ckpt, needs = self._filled(f"ckpt={said['ckpt']}", 0, options)
             for steps in said.get("steps", [None]):
                 made.append(f"{label} {steps}" if steps else label)
-                words = [*ckpt, "evaluation=vbench_quality", *options.score.split()]
+                words = [*ckpt, f"evaluation={self.evaluation}", *options.run.split()]
                 words += [f"steps={steps}"] * (steps is not None) + [f"out={self.folder / made[-1]}"]
                 start = (*options.launch.split(), str(ROOT / "infer.py"))
                 yield _job(f"run_{made[-1]}", (*start, *words), needs)
@@ -166,7 +168,7 @@ def report(plan: Plan, options: Options) -> Path:
         parts += [f"## {name}", (plan.folder / name / "students.md").read_text().strip()]
     if plan.runs:
         made = plan.folder / options.table
-        parts += [(made / "compare.md").read_text().strip(), f"Plots and videos: {made / 'report.html'}"]
+        parts += ["## differences", (made / "compare.md").read_text().strip()]
     parts += [f"![{name}]({options.table}_{name}.png)" for name in plan.plots]
     with appearing(page) as part:
         part.write_text("\n\n".join(parts) + "\n")

@@ -133,7 +133,9 @@ make: {small: {tool: quantize, words: "src={b} format=fp8", seeds: 2}}
 runs: {teacher: {ckpt: "{teacher}"}, B: {ckpt: "{small}", steps: [1, 2]}}
 """
     plan = Plan(tmp_path / "with space", **yaml.safe_load(said))
-    options = Options(table="t", train="steps=3", score="count=8", teacher="/t.pth", launch="-m launcher")
+    options = Options(
+        table="t", train="steps=3", score="count=8", run="dims=[x]", teacher="/t.pth", launch="-m launcher"
+    )
     made = plan.jobs(options)
     assert f"recipe.start={plan.folder}/a_1/a_1.safetensors" in made["b_1"].words
     assert made["b_1"].needs == {"a_1"}
@@ -141,7 +143,9 @@ runs: {teacher: {ckpt: "{teacher}"}, B: {ckpt: "{small}", steps: [1, 2]}}
     (listed,) = [word for word in made["score_all"].words if word.startswith("ckpts=")]
     assert made["a_0"].words[1:3] == ("-m", "launcher")
     assert {"tools.quantize", f"src={plan.folder}/b_1/b_1.safetensors"} < set(made["small_1"].words)
-    assert {"ckpt=/t.pth", "count=8", f"out={plan.folder}/teacher"} < set(made["run_teacher"].words)
+    assert {"ckpt=/t.pth", "dims=[x]", "evaluation=vbench_quality", f"out={plan.folder}/teacher"} < set(
+        made["run_teacher"].words
+    )
     assert {f"ckpt={plan.file('small', 0)}", "steps=2", f"out={plan.folder}/B 2"} < set(made["run_B 2"].words)
     assert f"runs=[{plan.folder}/teacher,{plan.folder}/B 1,{plan.folder}/B 2]" in made["compare_t"].words
     with pytest.raises(UserError, match="pass its file as teacher="):
