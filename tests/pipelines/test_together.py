@@ -70,7 +70,6 @@ def test_files_are_dealt_out_in_rows(
         ({"parallel": "cp"}, 1, "torchrun --nproc-per-node=N"),
         ({"parallel": "none"}, 2, "2 processes would all make the same"),
         ({"parallel": "data", "evaluation": "tiny"}, 2, "leave parallel= away"),
-        ({"parallel": "cp", "compile": True}, 2, "leave compile=true away"),
     ],
 )
 def test_processes_that_would_not_share_the_work_are_refused(

@@ -44,7 +44,7 @@ def check_heads(heads: int, count: int) -> None:
 
 
 class _Split:
-    """The hooks of one network."""
+    """The hooks of one network; those within a block run between the parts of it that are compiled."""
 
     def __init__(self, ranks: dist.ProcessGroup):
         self.ranks = ranks
@@ -64,6 +64,7 @@ class _Split:
             tokens = self._own(tokens, 1).contiguous()
         return tokens, self._own_times(time), table, *given
 
+    @torch.compiler.disable
     def enter_attention(self, attention: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         # here, not in the block: this runs again where a backward computes a block again
         x, table, *given = args

@@ -26,8 +26,6 @@ def check_parallel(options: Options) -> None:
         raise UserError(f"parallel={mode} needs processes: torchrun --nproc-per-node=N infer.py ...")
     if mode == "none" and count > 1 and options.evaluation is None:
         raise UserError(f"{count} processes would all make the same: pass parallel=cp or parallel=data.")
-    if is_shared(options) and options.compile:
-        raise UserError("parallel=cp runs the blocks uncompiled: leave compile=true away.")
 
 
 def is_shared(options: Options) -> bool:
