@@ -299,6 +299,11 @@ def test_an_evaluation_generates_what_is_missing_and_scores_all(run: Callable, t
     }
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["dimensions"]["temporal_flickering"]["videos"] == 4
+    assert results["generation"]["seconds"] > 0
+    told = results["generation"]["options"]
+    # what all videos share, which seeds are not
+    assert (told["steps"], told["size"], told["crf"]) == (1, "32x32", 18)
+    assert "report.html" in {path.name for path in (tmp_path / "out").iterdir()}
     (made / "a dog-1.mp4").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in made.glob("*.mp4")}
     outcome = run("evaluation=custom", *EVALUATION, *words)

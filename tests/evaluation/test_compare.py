@@ -9,6 +9,7 @@ from rich.console import Console
 
 from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.compare import Options, compare, report
+from evaluation.export import upstream
 from evaluation.records import Record, Score, line_of
 from evaluation.vbench import T2V
 from turbodiffusion.errors import UserError
@@ -104,3 +105,25 @@ def test_the_command(tmp_path: Path) -> None:
         report(Options(runs=runs[:1]), console)
     with pytest.raises(UserError, match=r"has no records\.jsonl"):
         report(Options(runs=[*runs, str(tmp_path)]), console)
+
+
+def test_a_result_file_of_upstream_compares_like_a_run(tmp_path: Path) -> None:
+    ours, theirs = (records(torch.rand(4, 2, dtype=torch.float64), "imaging_quality") for _ in range(2))
+    for name, found in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text("".join(map(line_of, found)))
+    content = upstream(theirs, {"imaging_quality": 0.5}, Path("/elsewhere"))
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with Console(record=True, width=200) as console:
+        for other in ("theirs", "results.json"):
+            runs = [str(tmp_path / "ours"), str(tmp_path / other)]
+            report(Options(runs=runs, out=str(tmp_path / f"out_{other}")), console)
+    one, two = (
+        json.loads((tmp_path / f"out_{other}" / "compare.json").read_text())["differences"][0]
+        for other in ("theirs", "results.json")
+    )
+    assert two.pop("run") == "results.json"
+    assert one.pop("run") == "theirs"
+    # upstream's file has percents: rounding of fp64
+    assert two == pytest.approx(one, abs=1e-12)
+    assert "imaging_quality" in (tmp_path / "out_results.json" / "report.html").read_text()
