@@ -21,6 +21,7 @@ from evaluation.runner import ranks, wait_for_all
 from evaluation.vbench import I2V, T2V
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.errors import UserError
+from turbodiffusion.parallel import own_device
 from turbodiffusion.pipelines.command import generate
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.request import pick_device
@@ -50,10 +51,8 @@ def generate_and_score(options: Options) -> None:
         raise UserError(f"evaluation={kind}: choose {', '.join(DIMS)}.")
     if options.prompt is not None:
         raise UserError(f"evaluation={kind} takes prompt_file=, not prompt=.")
-    rank, world, local = ranks()
-    out, device = Path(options.out).expanduser(), pick_device(options.device)
-    if world > 1 and device.type == "cuda":
-        device = f"cuda:{local}"
+    rank, world, _ = ranks()
+    out, device = Path(options.out).expanduser(), own_device(pick_device(options.device))
     file = _prompt_file(options, out)
     suite = read_prompts(file)
     dims = options.dims or [name for name in DIMS[kind] if name in METRICS]
