@@ -1,5 +1,6 @@
 """VBench's dynamic degree and motion smoothness, and which videos are static enough for its flickering."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -8,78 +9,82 @@ from torch import Tensor
 from evaluation.backbones.amt import STEP, load_amt
 from evaluation.backbones.correlation import LEAST
 from evaluation.backbones.pixels import extended, planes
-from evaluation.backbones.raft import Raft, load_raft
+from evaluation.backbones.raft import load_raft
 from evaluation.metrics.score import VideoMetric
 from evaluation.records import Score
 from evaluation.videos import Footage
 from turbodiffusion.errors import UserError
 
+Flow = Callable[[Tensor, Tensor], Tensor]  # from one frame to another, as Raft and Amt take them
 
-def _checked(footage: Footage) -> Tensor:
-    """Its frames, if they are large enough."""
-    height, width = footage.pixels.shape[1:3]
+
+def _checked(frames: Tensor) -> Tensor:
+    """(F, H, W, 3), if they are large enough."""
+    height, width = frames.shape[1:3]
     if min(height, width) < LEAST:
         raise UserError(f"is {height} x {width}, and motion is measured from {LEAST} x {LEAST} on")
-    return footage.pixels
+    return frames
 
 
-def fastest(network: Raft, one: Tensor, other: Tensor, share: float) -> float:
+def _speed(flow: Flow, one: Tensor, other: Tensor, share: float) -> float:
     """Mean pixels that the fastest share of a frame (H, W, 3) uint8 moves until the other."""
     frames = (extended(planes(frame[None]), 8)[0] for frame in (one, other))
-    speed = network(*frames).norm(dim=1).flatten()
+    speed = flow(*frames).norm(dim=1).flatten()
     return float(speed.topk(int(share * len(speed))).values.mean())
 
 
-def needed(frames: int) -> int:
-    """Pairs of so many frames that must move for a video to be dynamic."""
-    return round(4 * frames / 16)
+def is_dynamic(flow: Flow, frames: Tensor, fps: float) -> bool:
+    """Whether enough pairs of frames (F, H, W, 3) uint8, about 8 a second, move fast."""
+    frames = _checked(frames)[:: max(1, round(fps / 8))]
+    limit, needed, fast = 6 * min(frames.shape[1:3]) / 256, round(4 * len(frames) / 16), 0
+    for one, other in pairwise(frames):
+        fast += _speed(flow, one, other, 0.05) > limit
+        # asked after a pair, as upstream does: of two frames, which need none, any do
+        if fast >= needed:
+            return True
+    return False
+
+
+def is_static(flow: Flow, frames: Tensor) -> bool:
+    """Whether about an eighth of neighbouring frames at most move fast, and the ends differ little."""
+    limit, most, fast = 3 * min(_checked(frames).shape[1:3]) / 256, round(2 * len(frames) / 16), 0
+    for one, other in pairwise(frames):
+        fast += _speed(flow, one, other, 0.02) > limit
+        if fast > most:
+            return False
+    first, last = frames[0], frames[-1]
+    return all(_speed(flow, *ends, 0.02) <= limit * most * 2 for ends in ((first, last), (last, first)))
+
+
+def smoothness(between: Flow, frames: Tensor) -> float:
+    """1 - mean |x - y| / 255 of every other frame x and what is made of those around it, y."""
+    errors = []
+    for i in range(0, len(_checked(frames)) - 2, 2):
+        ends, inside = extended(planes(frames[i : i + 3 : 2]) / 255, STEP)
+        guess = between(*ends.split(1)).clamp(0, 1)[inside]
+        # cut off, not rounded, as upstream
+        error = (255 * guess).byte().int() - planes(frames[i + 1 : i + 2]).int()
+        errors.append(error.abs().double().mean())
+    return 1 - float(torch.stack(errors).mean()) / 255
 
 
 class DynamicDegree(VideoMetric):
-    """Share of videos in which enough pairs of frames, about 8 a second, move fast."""
+    """Share of videos that are dynamic in the eyes of RAFT."""
 
     name = "dynamic_degree"
     weights = ("raft",)
 
     def score(self, footage: Footage) -> Score:
         network = load_raft(self.files["raft"], footage.pixels.device)
-        frames = _checked(footage)[:: max(1, round(footage.fps / 8))]
-        limit, fast, is_dynamic = 6 * min(frames.shape[1:3]) / 256, 0, False
-        for one, other in pairwise(frames):
-            fast += fastest(network, one, other, 0.05) > limit
-            # asked after a pair, as upstream does: of two frames, which need none, any do
-            if is_dynamic := fast >= needed(len(frames)):
-                break
-        return Score(float(is_dynamic))
+        return Score(float(is_dynamic(network, footage.pixels, footage.fps)))
 
 
 class MotionSmoothness(VideoMetric):
-    """1 - mean |x - y| / 255 of every other frame x and what AMT-S makes of those around it, y."""
+    """How well AMT-S foretells every other frame from its neighbours."""
 
     name = "motion_smoothness"
     least_frames = 3
     weights = ("amt_s",)
 
     def score(self, footage: Footage) -> Score:
-        network, frames = load_amt(self.files["amt_s"], footage.pixels.device), _checked(footage)
-        errors = []
-        for i in range(0, len(frames) - 2, 2):
-            ends, inside = extended(planes(frames[i : i + 3 : 2]) / 255, STEP)
-            guess = network(*ends.split(1)).clamp(0, 1)[inside]
-            # cut off, not rounded, as upstream
-            error = (255 * guess).byte().int() - planes(frames[i + 1 : i + 2]).int()
-            errors.append(error.abs().double().mean())
-        return Score(1 - float(torch.stack(errors).mean()) / 255)
-
-
-def is_static(network: Raft, footage: Footage) -> bool:
-    """Whether about an eighth of neighbouring frames at most move fast, and the ends differ little."""
-    pixels = _checked(footage)
-    limit, most = 3 * min(pixels.shape[1:3]) / 256, round(2 * len(pixels) / 16)
-    fast = 0
-    for one, other in pairwise(pixels):
-        fast += fastest(network, one, other, 0.02) > limit
-        if fast > most:
-            return False
-    first, last = pixels[0], pixels[-1]
-    return all(fastest(network, *ends, 0.02) <= limit * most * 2 for ends in ((first, last), (last, first)))
+        return Score(smoothness(load_amt(self.files["amt_s"], footage.pixels.device), footage.pixels))
