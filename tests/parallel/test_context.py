@@ -67,7 +67,7 @@ def test_heads_and_tokens_that_can_not_be_shared_are_refused(ranks: list[dict]) 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", TRAINED)
-def test_teams_train_as_one_process_that_accumulates_their_batches(
+def test_teams_train_as_one_process_which_can_go_on(
     ranks: list[dict], folder: Path, tmp_path: Path, case: str
 ) -> None:
     alone = make_trainer(tmp_path, **TRAINED[case] | {"shard": 1}, accumulate=2, **STEPS)
@@ -90,6 +90,9 @@ def test_teams_train_as_one_process_that_accumulates_their_batches(
     for name, weight in theirs.items():
         # gradients are at most 1 after clipping, and the rate is 0.01
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=EXACT)
+    again = make_trainer(folder / case, **TRAINED[case] | {"shard": 1}, accumulate=2, **STEPS)
+    assert again.state.step == STEPS["steps"]
+    assert all(torch.equal(weight, ours[name]) for name, weight in everything(again).items())
 
 
 def grad_norms(log: Path) -> list[float]:
