@@ -114,7 +114,7 @@ def report(options: Options, console: Console) -> None:
             read_run(path, name, records)
             for path, (name, records) in zip(paths, (first, *others), strict=True)
         ]
-        html = page("Comparison", runs, f"<h2>Differences</h2>{table(HEADINGS, rows)}")
+        html = page(folder.name, runs, f"<h2>Differences</h2>{table(HEADINGS, rows)}")
         content = {"first_run": first[0], "differences": [asdict(each) for each in differences]}
         write_json(folder / "compare.json", content)
         for name, text in {"compare.md": "\n".join(made) + "\n", "report.html": html}.items():

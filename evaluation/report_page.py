@@ -167,16 +167,18 @@ def strip(path: Path) -> str:
 
 
 def _listed(runs: Sequence[Run], key: str, heading: str) -> Iterator[str]:
-    """What results.json lists under a key."""
-    entries = []
+    """What results.json lists under a key, with the runs that have it where not all do."""
+    having: dict[str, list[str]] = {}
     for run in runs:
         found = run.results.get(key) or []
         if key == "failures":
             found = dict.fromkeys(f"{each['video']} {each['reason'].splitlines()[-1]}" for each in found)
         elif isinstance(found, Mapping):
             found = [f"{name} {reason}" for name, reason in found.items()]
-        entries += [f"{run.name}: {entry}" if len(runs) > 1 else entry for entry in found]
-    if entries:
+        for entry in found:
+            having.setdefault(entry, []).append(run.name)
+    if having:
+        entries = [e if len(at) == len(runs) else f"{', '.join(at)}: {e}" for e, at in having.items()]
         more = [f"and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
         items = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED] + more)
         yield f"<h2>{escape(heading)}</h2><ul>{items}</ul>"
