@@ -87,7 +87,7 @@ class SmallWorld:
     text_encoder: str
     image_share: float = 0.0
 
-    def load(self, device: torch.device, dtype: torch.dtype, context: int = 1) -> Material:
+    def load(self, device: torch.device, dtype: torch.dtype, context: int) -> Material:
         vae = load_vae(self.vae, device=device, dtype=dtype)
         text_encoder = load_text_encoder(self.text_encoder, device=device, dtype=dtype)
         train, held_out = (
@@ -112,7 +112,7 @@ class StoredClips:
     vae: str | None = None
     shown: int = 0
 
-    def load(self, device: torch.device, dtype: torch.dtype, context: int = 1) -> Material:
+    def load(self, device: torch.device, dtype: torch.dtype, context: int) -> Material:
         """Raises UserError for what is missing.  context: how many ranks in a row take the same batches."""
         if self.path is None:
             raise UserError("data.path= is missing: a folder of shards; python -m tools.make_data makes one")

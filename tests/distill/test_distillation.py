@@ -60,7 +60,7 @@ class Noise:
 
         return Example(draw(16, 2, 4, 4), draw(5, 128), condition=draw(20, 2, 4, 4))
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> Material:
+    def load(self, device: torch.device, dtype: torch.dtype, context: int) -> Material:
         return Material(self, [self.batch(100), self.batch(101, 1)], torch.zeros(1, 3, 128), None)
 
 
