@@ -83,3 +83,14 @@ def test_spread_is_the_mean_distance_within_prompts() -> None:
     triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0]])
     line = torch.tensor([[100.0, 0.0], [107.0, 0.0], [114.0, 0.0]])
     assert spread(torch.stack((triangle, line))) == pytest.approx((12 / 3 + 28 / 3) / 2)
+
+
+def test_fewer_samples_than_features_by_definition() -> None:
+    one, other = torch.randn(2, 3, 10, dtype=torch.float64)
+    values = torch.linalg.eigvals(one.T.cov() @ other.T.cov()).real.clamp(min=0)
+    apart = (one.mean(0) - other.mean(0)).square().sum() + one.T.cov().trace() + other.T.cov().trace()
+    wanted = float(apart - 2 * values.sqrt().sum())
+    # eigenvalues that should be 0 are about 1e-16, and eight roots of them are summed
+    assert frechet_distance(one, other, may_be_singular=True) == pytest.approx(wanted, abs=1e-6)
+    with pytest.raises(UserError, match="1 samples of 10 features have no .* more than 1"):
+        frechet_distance(one[:1], other, may_be_singular=True)

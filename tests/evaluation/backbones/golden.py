@@ -11,7 +11,7 @@ def numbers(name: str, shape: tuple[int, ...]) -> Tensor:
     """Normal, by a tensor's name alone; of a size that keeps activations within bounds."""
     drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     if len(shape) > 1:
-        return torch.from_numpy(drawn * (0.5 * np.prod(shape[1:]) ** -0.5))
+        return torch.from_numpy(drawn * np.float32(0.5 * np.prod(shape[1:]) ** -0.5))
     # of norms, their variances, and slopes of PReLU
     is_scale = name.endswith(("weight", "running_var"))
     return torch.as_tensor(0.1 * drawn + 0.5 * is_scale)
