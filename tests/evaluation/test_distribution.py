@@ -92,5 +92,5 @@ def test_fewer_samples_than_features_by_definition() -> None:
     wanted = float(apart - 2 * values.sqrt().sum())
     # eigenvalues that should be 0 are about 1e-16, and eight roots of them are summed
     assert frechet_distance(one, other, may_be_singular=True) == pytest.approx(wanted, abs=1e-6)
-    with pytest.raises(UserError, match="1 samples of 10 features have no .* more than 1"):
+    with pytest.raises(UserError, match=r"1 samples of 10 features have no .* more than 1"):
         frechet_distance(one[:1], other, may_be_singular=True)

@@ -23,7 +23,8 @@ def test_the_first_five_static_videos_are_kept(
     torch.save(state, tmp_path / "raft-things.pth")
     made, out = tmp_path / "videos", tmp_path / "out"
     made.mkdir()
-    for i in range(7):
+    cats = range(1 if moves else 6)
+    for i in cats:
         write_lossless(made / f"a cat-{10 * i}.mp4", torch.full((2, 128, 128, 3), 20 * i).byte())
     write_lossless(made / "a dog. Or two-3.mp4", torch.zeros(2, 128, 128, 3).byte())
     (made / "a dog. Or two-4.mp4").write_bytes(b"no video")
@@ -32,7 +33,7 @@ def test_the_first_five_static_videos_are_kept(
     said = console.export_text()
     assert "a dog. Or two-4.mp4 can not be read as a video" in said
     if moves:
-        assert "a cat: 0 of 7 are static" in said
+        assert "a cat: 0 of 1 are static" in said
         assert not out.exists()
         return
     assert "a dog. Or two: 1 of 2 are static" in said
@@ -43,7 +44,7 @@ def test_the_first_five_static_videos_are_kept(
     wanted["a dog. Or two-0.mp4"] = "a dog. Or two-3.mp4"
     assert kept == {name: (made / source).read_bytes() for name, source in wanted.items()}
     # what is there is not looked at again
-    for i in range(7):
+    for i in cats:
         (made / f"a cat-{10 * i}.mp4").write_bytes(b"no video")
     keep(Options(str(made), str(out), str(tmp_path), "cpu"), console)
     assert "a cat" not in console.export_text()

@@ -39,19 +39,19 @@ def saved(name: str, path: Path) -> Path:
     return path / f"{name}.pth"
 
 
-def look(name: str, file: Path) -> Tensor:
-    frames = pictures(2, 128, 144).movedim(-1, 1).float()
-    video = pictures(16, 224, 224).movedim(-1, 1)[None].float() / 127.5 - 1
+def look(name: str, file: Path, device: torch.device = CPU) -> Tensor:
+    frames = pictures(2, 128, 144).to(device).movedim(-1, 1).float()
+    video = pictures(16, 224, 224).to(device).movedim(-1, 1)[None].float() / 127.5 - 1
     if name == "raft":
-        return load_raft(file, CPU)(frames[:1], frames[1:])
+        return load_raft(file, device)(frames[:1], frames[1:])
     if name == "amt":
-        return load_amt(file, CPU)(*(frames / 255).split(1)).clamp(0, 1)
+        return load_amt(file, device)(*(frames / 255).split(1)).clamp(0, 1)
     if name == "musiq":
-        return load_musiq(file, CPU)(pictures(2, 90, 140).movedim(-1, 1).float() / 255)
+        return load_musiq(file, device)(pictures(2, 90, 140).to(device).movedim(-1, 1).float() / 255)
     if name == "umt":
-        return load_umt(file, CPU)(video)
-    seen, read = load_viclip(file, CPU)
-    return torch.cat([seen(video[:, :8]), read(torch.tensor([[498, 5, 6, 7, 499]]))])
+        return load_umt(file, device)(video)
+    seen, read = load_viclip(file, device)
+    return torch.cat([seen(video[:, :8]), read(torch.tensor([[498, 5, 6, 7, 499]], device=device))])
 
 
 # numbers are written with six decimals; flows come of 20 steps, whose rounding errors add up
@@ -63,6 +63,16 @@ def test_networks_see_what_upstreams_do(name: str, allowed: float, tmp_path: Pat
     wanted = torch.tensor(UPSTREAM[name]["values"], dtype=torch.float64)
     places = torch.linspace(0, len(found) - 1, len(wanted)).long()
     torch.testing.assert_close(found[places], wanted, atol=allowed, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_networks_see_the_same_on_a_gpu(name: str, tmp_path: Path) -> None:
+    file = saved(name, tmp_path)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = look(name, file, torch.device("cuda")).cpu()
+    # fp32 summed in another order, ten times what the CPU's own orders make
+    torch.testing.assert_close(found, look(name, file), atol=2e-3 if name == "raft" else 2e-4, rtol=0)
 
 
 def test_sizes_are_those_that_were_published() -> None:

@@ -96,6 +96,20 @@ def test_clip_is_transformers(clip: tuple[CLIPModel, Path]) -> None:
     assert cut.tolist() == [[97, *[5] * 6, 98]]
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_clip_is_fp16_on_a_gpu_but_for_its_norms(clip: tuple[CLIPModel, Path]) -> None:
+    tower = load_image_tower(clip[1], torch.device("cuda"))
+    dtypes = {name: x.dtype for name, x in tower.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        x for x in dtypes if "ln_" in x
+    }
+    images = torch.randn(3, 3, 32, 32)
+    # fp16's 11 bits, through two layers of values about one
+    wanted = load_image_tower(clip[1], CPU)(images)
+    torch.testing.assert_close(tower(images.cuda()).cpu().float(), wanted, atol=1e-2, rtol=0)
+
+
 @torch.no_grad()
 def test_dino_is_transformers_at_the_size_it_was_trained_at(tmp_path: Path) -> None:
     config = ViTConfig(**SIZES, image_size=64, patch_size=16, layer_norm_eps=1e-6)
