@@ -8,7 +8,7 @@ import gzip
 import html
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
-from evaluation.backbones.weights import below, filled, read_state
+from evaluation.backbones.weights import Net, below, filled, read_state
 from turbodiffusion.checkpoints.sources import State
 from turbodiffusion.errors import UserError
 
@@ -69,11 +69,11 @@ class Blocks(nn.Module):
 class ImageTower(nn.Module):
     """Images (B, 3, side, side) -> (B, out)."""
 
-    def __init__(self, *, width: int, layers: int, patch: int, tokens: int, out: int):
+    def __init__(self, *, width: int, layers: int, patch: int, length: int, out: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty(tokens, width))
+        self.positional_embedding = nn.Parameter(torch.empty(length, width))
         self.ln_pre, self.ln_post = LayerNorm(width), LayerNorm(width)
         self.transformer = Blocks(width, layers)
         self.proj = nn.Parameter(torch.empty(width, out))
@@ -104,12 +104,12 @@ class VideoTower(ImageTower):
 
 
 class TextTower(nn.Module):
-    """Token ids (B, L), L at most `context` -> (B, out), of the last token; each sees those before it."""
+    """Token ids (B, L), L at most `length` -> (B, out), of the last token; each sees those before it."""
 
-    def __init__(self, *, width: int, layers: int, context: int, vocabulary: int, out: int):
+    def __init__(self, *, width: int, layers: int, vocabulary: int, length: int, out: int):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context, width))
+        self.positional_embedding = nn.Parameter(torch.empty(length, width))
         self.transformer = Blocks(width, layers)
         self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, out))
@@ -124,8 +124,7 @@ class TextTower(nn.Module):
 @lru_cache
 def load_image_tower(path: Path, device: torch.device) -> ImageTower:
     """From a file of OpenAI's."""
-    state = below(read_state(path), "visual.")
-    return _placed(filled(lambda: ImageTower(**_image_sizes(state)), state, path), device)
+    return _placed(_image_tower(below(read_state(path), "visual."), path), device)
 
 
 @lru_cache
@@ -133,37 +132,34 @@ def load_text_tower(path: Path, device: torch.device) -> TextTower:
     """From a file of OpenAI's."""
     others = ("visual.", "logit_scale", "input_resolution", "context_length", "vocab_size")
     state = {name: x for name, x in read_state(path).items() if not name.startswith(others)}
-    return _placed(filled(lambda: TextTower(**_text_sizes(state)), state, path), device)
+    return _placed(_text_tower(state, path), device)
 
 
 @lru_cache
 def load_viclip(path: Path, device: torch.device) -> tuple[VideoTower, TextTower]:
     """Both from one file."""
     state = read_state(path)
-    video, text = below(state, "vision_encoder."), below(state, "text_encoder.")
+    video = below(state, "vision_encoder.")
     video["conv1.weight"] = video["conv1.weight"].squeeze(2)  # of one frame
     frames = video["temporal_positional_embedding"].shape[1]
-    tower = filled(lambda: VideoTower(frames=frames, **_image_sizes(video)), video, path)
-    return tower.to(device), filled(lambda: TextTower(**_text_sizes(text)), text, path).to(device)
+    seen = _image_tower(video, path, partial(VideoTower, frames=frames))
+    return seen.to(device), _text_tower(below(state, "text_encoder."), path).to(device)
 
 
-def _image_sizes(state: State) -> dict[str, int]:
-    (width, *_, patch), (tokens, _) = state["conv1.weight"].shape, state["positional_embedding"].shape
-    out = state["proj"].shape[1]
-    return {"width": width, "layers": _layers(state), "patch": patch, "tokens": tokens, "out": out}
+def _image_tower(state: State, path: Path, make: Callable[..., Net] = ImageTower) -> Net:
+    patch = state["conv1.weight"].shape[-1]
+    return filled(lambda: make(patch=patch, **_sizes(state, "proj")), state, path)
 
 
-def _text_sizes(state: State) -> dict[str, int]:
-    (vocabulary, width), (context, _) = (
-        state[f"{name}"].shape for name in ("token_embedding.weight", "positional_embedding")
-    )
-    out = state["text_projection"].shape[1]
-    layers = _layers(state)
-    return {"width": width, "layers": layers, "context": context, "vocabulary": vocabulary, "out": out}
+def _text_tower(state: State, path: Path) -> TextTower:
+    vocabulary = len(state["token_embedding.weight"])
+    return filled(lambda: TextTower(vocabulary=vocabulary, **_sizes(state, "text_projection")), state, path)
 
 
-def _layers(state: State) -> int:
-    return sum(name.endswith(".ln_1.weight") for name in state)
+def _sizes(state: State, last: str) -> dict[str, int]:
+    width, out = state[last].shape
+    layers = sum(name.endswith(".ln_1.weight") for name in state)
+    return {"width": width, "out": out, "layers": layers, "length": len(state["positional_embedding"])}
 
 
 def _placed(tower: ImageTower | TextTower, device: torch.device) -> ImageTower | TextTower:

@@ -80,15 +80,15 @@ def test_sizes_are_those_that_were_published() -> None:
         nets = {
             "dino_b16": (Dino(width=768, layers=12, patch=16, tokens=197),),
             "clip_b32": (
-                ImageTower(width=768, layers=12, patch=32, tokens=50, out=512),
-                TextTower(width=512, layers=12, context=77, vocabulary=49408, out=512),
+                ImageTower(width=768, layers=12, patch=32, length=50, out=512),
+                TextTower(width=512, layers=12, length=77, vocabulary=49408, out=512),
             ),
             "clip_l14": (
-                ImageTower(width=1024, layers=24, patch=14, tokens=257, out=768),
-                TextTower(width=768, layers=12, context=77, vocabulary=49408, out=768),
+                ImageTower(width=1024, layers=24, patch=14, length=257, out=768),
+                TextTower(width=768, layers=12, length=77, vocabulary=49408, out=768),
             ),
-            "viclip": (VideoTower(frames=8, width=1024, layers=24, patch=14, tokens=257, out=768),),
-            "viclip's text": (TextTower(width=768, layers=12, context=32, vocabulary=49408, out=768),),
+            "viclip": (VideoTower(frames=8, width=1024, layers=24, patch=14, length=257, out=768),),
+            "viclip's text": (TextTower(width=768, layers=12, length=32, vocabulary=49408, out=768),),
             "umt": (Umt(width=1024, layers=24, patch=16, tokens=3136, classes=400),),
             "raft": (Raft(),),
             "amt": (Amt(),),

@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: folder / f"{name}.pth" for name in ("dino_b16", "clip_b32", "clip_l14", "aesthetic")}
     sizes = {"width": 64, "layers": 1, "out": 64}
     torch.save(made(Dino(width=64, layers=1, patch=16, tokens=197)).state_dict(), found["dino_b16"])
-    image, text = ImageTower(patch=32, tokens=50, **sizes), TextTower(context=8, vocabulary=600, **sizes)
+    image, text = ImageTower(patch=32, length=50, **sizes), TextTower(length=8, vocabulary=600, **sizes)
     state = {f"visual.{name}": x for name, x in made(image).state_dict().items()} | made(text).state_dict()
     for name in ("clip_b32", "clip_l14"):
         torch.save({**state, "logit_scale": torch.tensor(4.6)}, found[name])
@@ -86,7 +86,7 @@ def test_a_long_video_in_parts_is_its_frames_one_by_one(files: dict[str, Path]) 
     assert found.units == 32
     assert found.total == pytest.approx(float(alike.sum()), abs=32 * ROUNDING)
     assert 0 < found.value < 1 - 1e-4
-    clip = made(ImageTower(patch=32, tokens=50, width=64, layers=1, out=64))
+    clip = made(ImageTower(patch=32, length=50, width=64, layers=1, out=64))
     by_frame = features(clip, for_clip, seen.pixels)
     found = score("background_consistency", files, seen)
     assert found.total == pytest.approx(float(likeness(by_frame).sum()), abs=32 * ROUNDING)
