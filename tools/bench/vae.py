@@ -24,7 +24,7 @@ from kernels.selftest import unfused
 from tools.bench.forward import randomize
 from tools.bench.timing import Run, Timing, compare, share_of, sizes, start
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.pipelines.generate import CHUNK_BYTES, latent_shape, vae_chunk
+from turbodiffusion.pipelines.generate import latent_shape, vae_chunk
 from turbodiffusion.pipelines.memory import free_memory
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.variants import CONFIGS
@@ -86,8 +86,8 @@ def chunk_of(word: str, vae: VideoVAE, latents: tuple[int, ...]) -> int:
     """The latent frames that a word of chunks= stands for."""
     if word != "auto":
         return int(word)
-    spare = max(CHUNK_BYTES, (free_memory(vae.conv2.weight.device).device or 0) // 2)
-    return vae_chunk(vae, (1, *latents), tiled=False, spare=spare)
+    free = free_memory(vae.conv2.weight.device).device
+    return vae_chunk(vae, (1, *latents), tiled=False, free=free)
 
 
 def runs(name: str, vae: VideoVAE, x: Tensor, chunks: list[int]) -> dict[str, Run]:

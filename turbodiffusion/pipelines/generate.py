@@ -30,7 +30,7 @@ from turbodiffusion.samplers.few_step import sample_rcm
 from turbodiffusion.samplers.noise import SampleNoise
 from turbodiffusion.variants import Sampling
 
-# what decoding may take beyond the least it needs, by the memory plan
+# what decoding may take beyond the least it needs, where that is not known to be free
 CHUNK_BYTES = 2**30
 
 
@@ -86,14 +86,17 @@ def latent_shape(vae: VideoVAE, frames: int, size: Size) -> tuple[int, int, int,
     return vae.latent_channels, latent_frames(frames), height, width
 
 
-def vae_chunk(vae: VideoVAE, latents: Sequence[int], *, tiled: bool, spare: int = CHUNK_BYTES) -> int:
-    """How many latent frames the VAE takes at a time of latents (B, z, T, h, w): all that spare bytes allow.
+def vae_chunk(vae: VideoVAE, latents: Sequence[int], *, tiled: bool, free: int | None = None) -> int:
+    """How many latent frames the VAE takes at a time of latents (B, z, T, h, w), by memory.
 
-    The frames are the same; on a CPU a small clip decodes four times as fast whole as frame by frame.
+    free: bytes of the device.  Half of what one frame at a time leaves of them may be taken: the rest may be
+    in pieces.  The frames are the same; on a CPU a small clip decodes four times as fast whole as frame by
+    frame.
     """
     b, _, length, height, width = latents
     shape = (length, min(height, TILE[0]), min(width, TILE[1])) if tiled else (length, height, width)
     one, two = (decode_bytes(vae, shape, chunk=chunk) for chunk in (1, 2))
+    spare = max(CHUNK_BYTES, ((free or 0) - b * one) // 2)
     most = min(1 + spare // max(1, b * (two - one)), longest_chunk(vae, (b, *shape[1:])))
     # as even as can be: a short last piece keeps a device less busy
     return ceil(length / ceil(length / most))
@@ -285,7 +288,6 @@ class Pipeline:
         return encode_tiled(vae, frames, chunk=chunk) if self.tiled else vae.encode(frames, chunk=chunk)
 
     def _chunk(self, latents: Sequence[int]) -> int:
-        """vae_chunk of such latents; on an accelerator half of what is free now may be spared."""
+        """vae_chunk of such latents with what is free now."""
         free = None if self.device.type == "cpu" else free_memory(self.device).device
-        spare = max(CHUNK_BYTES, (free or 0) // 2)
-        return vae_chunk(self.models.vae, latents, tiled=self.tiled, spare=spare)
+        return vae_chunk(self.models.vae, latents, tiled=self.tiled, free=free)
