@@ -16,7 +16,7 @@ from turbodiffusion.small_world.clips import draw_scenes, render
 from turbodiffusion.small_world.sprites import load_sprites
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-FILES = ("wan_tiny", "rcm_tiny", "vae_tiny", "text_tiny")
+FILES = ("wan_tiny", "rcm_tiny", "turbo_tiny", "vae_tiny", "text_tiny")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -38,7 +38,7 @@ def test_vae_reconstructs_held_out_clips() -> None:
     assert psnr(back, frames).mean() > 30
 
 
-@pytest.mark.parametrize(("name", "steps"), [("wan_tiny", 10), ("rcm_tiny", 4)])
+@pytest.mark.parametrize(("name", "steps"), [("wan_tiny", 10), ("rcm_tiny", 4), ("turbo_tiny", 4)])
 def test_a_network_shows_what_the_caption_says(name: str, steps: int) -> None:
     ckpt = str(ASSETS / f"{name}.safetensors")
     options = Options(ckpt=ckpt, device="cpu", dtype="float32", steps=steps, count=4, batch=4)

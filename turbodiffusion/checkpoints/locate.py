@@ -16,7 +16,7 @@ _T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 _CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 # (kind, name) -> who publishes it, and its file or folder names: as published, ours, and diffusers'
 _PUBLISHED = {
-    ("network", "wan_tiny"): (_OURS, "wan_tiny.safetensors"),
+    ("network", "turbo_tiny"): (_OURS, "turbo_tiny.safetensors"),
     ("vae", "tiny"): (_OURS, "vae_tiny.safetensors"),
     ("vae", "wan2.1"): (_T2V, "Wan2.1_VAE.pth", "wan2.1_vae.safetensors", "vae"),
     ("vae", "wan2.2"): (_TI2V, "Wan2.2_VAE.pth", "wan2.2_vae.safetensors", "vae"),

@@ -32,7 +32,7 @@ from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.pipelines.texts import StoredTexts
 from turbodiffusion.variants import Sampling, Variant, variants
 
-SMALL_WORLD = "wan_tiny"
+SMALL_WORLD = "turbo_tiny"
 # folders of two experts, high noise first: as Wan publishes them, and diffusers
 EXPERT_FOLDERS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 
