@@ -204,19 +204,17 @@ class Estimate:
         sums = turn.losses * run.accumulate if shard > 1 else 1
         sent["gradients"] = sums * trained * (shard - 1) / shard
         sent["replicas"] = sums * 2 * trained / shard * (1 - shard / self.cards)
-        return dict(sent)
+        return sent
 
     def seconds(self, turn: Turn) -> float:
-        """Of a turn: FSDP's traffic hides behind computing as far as that lasts, nothing else does."""
+        """Of a turn: what FSDP sends hides behind computing as far as that lasts, nothing else does."""
         shard, context, _ = self.setting
-        sent = self.traffic(turn)
+        sent, computing = self.traffic(turn), self.computing(turn)
+        replicas = sent["replicas"] / self.link(self.cards // shard, apart=shard)
+        fsdp = (sent["gathers"] + sent["gradients"]) / self.link(shard)
+        together = computing + replicas if shard == 1 else max(computing, fsdp + replicas)
         updated = UPDATE * self.run.roles[turn.role].trained / shard / (OF_MEMORY * self.card.memory)
-        busy = self.computing(turn) + sent["exchanges"] / self._link(context)
-        replicas = sent["replicas"] / self._link(self.cards // shard, apart=shard)
-        fsdp = (sent["gathers"] + sent["gradients"]) / self._link(shard)
-        if shard == 1:
-            return busy + updated + replicas
-        return max(busy, fsdp + replicas) + updated
+        return together + sent["exchanges"] / self.link(context) + updated
 
     def computing(self, turn: Turn) -> float:
         """A rank's seconds in a turn."""
@@ -250,7 +248,7 @@ class Estimate:
         """Clips that a card trains on in an hour."""
         return 3600 * self.run.clips / self.setting.context / self.step
 
-    def _link(self, members: int, apart: int = 1) -> float:
+    def link(self, members: int, apart: int = 1) -> float:
         """Bytes a second that each of a group sends; its members are so many ranks apart."""
         span = members * apart
         if self.cards <= self.node or self.node % span == 0:

@@ -1,19 +1,27 @@
 """The planner: counts against published sizes and real optimisers, predictions against measurements."""
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.ema import PowerEMA
+from distill.jvp import jvp
 from distill.optim import Optim
 from distill.precision import Masters, lower
+from distill.remat import rematerialize
+from distill.sharding import mesh, shard
 from tests.tools.conftest import Run as Call
 from tools import plan
 from tools.plan import Options, described
 from tools.plan_cost import CARDS, GIB, LINEAR, Estimate, Pass, Run, Setting, parts
 from turbodiffusion.models.wan import WanModel
+from turbodiffusion.parallel import neighbours, split_tokens
 from turbodiffusion.variants import variant
 
 H200 = CARDS["h200"]
@@ -173,6 +181,65 @@ def test_exchanges_are_those_of_the_page(cards: int, gb: float) -> None:
     assert made.traffic(turn)["exchanges"] / 1e9 == pytest.approx(gb, abs=0.5)
 
 
+class Sent(TorchDispatchMode):
+    """Counts bytes that a rank of a (2 replicas, 2 shards) mesh sends, in rings, with teams of 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(
+        self, operator: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
+        name = operator._schema.name
+        if name == "c10d::_allgather_base_":
+            self.bytes["gathers"] += args[0].nbytes / 2
+        elif name == "c10d::_reduce_scatter_base_":
+            self.bytes["gradients"] += args[1].nbytes / 2
+        elif name == "c10d::allreduce_":
+            self.bytes["replicas"] += sum(x.nbytes for x in args[0])
+        elif name == "c10d::alltoall_base_" and args[1].ndim == 4:  # else what the head made
+            self.bytes["exchanges"] += args[1].nbytes / 2
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[None]:
+    """This process is the first; what it would receive is left as it is."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize("kind", ["forward", "tangent", "training"])
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_traffic_is_what_ranks_send(kind: str, remat: str) -> None:
+    options = Options(experiment="scm_wan1_3b", gpus=4, variant="wan_tiny", size="64x64")
+    made = Estimate(described(options, ["data.frames=2"]), Setting(2, 2, remat), 4, 8, H200)
+    network = lower(WanModel(**variant("wan_tiny").network), torch.bfloat16, lambda name: False)
+    rematerialize(network.shard_units(), remat)
+    split_tokens(network, neighbours(2))
+    shard(network, network.shard_units(), mesh(torch.device("cpu"), 2), context=2)
+    sizes = network.config
+    x, s = torch.zeros(1, sizes["in_channels"], 2, 8, 8), torch.zeros(1)
+    context = torch.zeros(1, sizes["text_length"], sizes["text_dim"])
+    with Sent() as sent:
+        if kind == "tangent":
+            jvp(lambda x, s: network(x, s, context), (x, s), (x, s))
+        else:
+            with torch.set_grad_enabled(kind == "training"):
+                out = network(x, s, context)
+            if kind == "training":
+                out.sum().backward()
+    turn = made.run.turns[0]._replace(passes=Counter({("student", kind): 1}))
+    expected = made.traffic(turn)
+    if kind != "training":
+        expected["gradients"] = expected["replicas"] = 0
+    # FSDP pads what is not a multiple of the shards, such as a modulation
+    assert {name: sent.bytes[name] for name in expected} == pytest.approx(expected, rel=0.02)
+
+
 def test_sharding_shares_states_and_context_activations() -> None:
     alone = estimate(RCM_14, "block")
     shared = estimate(RCM_14, "block", shard=8, context=4, cards=8)
@@ -183,8 +250,8 @@ def test_sharding_shares_states_and_context_activations() -> None:
 def test_across_machines_a_sum_of_replicas_takes_longer() -> None:
     within = estimate(RCM_1, "block", shard=1, cards=8)
     across = estimate(RCM_1, "block", shard=8, cards=16)
-    assert within._link(8) == 0.8 * H200.nvlink
-    assert across._link(2, apart=8) == 0.8 * H200.network
+    assert within.link(8) == 0.8 * H200.nvlink
+    assert across.link(2, apart=8) == 0.8 * H200.network
 
 
 def test_it_says_what_fits_and_how_to_start_it(run: Call) -> None:
