@@ -55,13 +55,14 @@ def find_weights(needs: Mapping[str, Iterable[str]], folder: Path | None = None)
         Path(os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench"),
     ]
     found = {name: _first(WEIGHTS[name], roots) for name in needed}
-    faults = [
-        f"{' and '.join(who)}: {fault}"
-        for name, who in needed.items()
-        if (fault := _fault(WEIGHTS[name], found[name], roots))
-    ]
+    faults = []
+    for name, who in needed.items():
+        if fault := _fault(wanted := WEIGHTS[name], found[name]):
+            known = f"{wanted.size / 1e6:.3g} MB, licence {wanted.licence}"
+            faults.append(f"{fault}, for {' and '.join(who)} ({known}), from {wanted.source}")
     if faults:
-        raise UserError("\n".join(["Weights are missing; get them, or leave out dims=:", *faults]))
+        where = ", ".join(["weights=DIR"] * (folder is None) + [*map(str, roots)])
+        raise UserError(f"get weights into one of {where}, or leave out their dims=: {'; '.join(faults)}")
     return found
 
 
@@ -70,15 +71,14 @@ def _first(wanted: Weights, roots: list[Path]) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _fault(wanted: Weights, path: Path | None, roots: list[Path]) -> str | None:
-    remedy = f"{wanted.size / 1e6:.4g} MB, licence {wanted.licence}, from {wanted.source}"
+def _fault(wanted: Weights, path: Path | None) -> str | None:
     if path is None:
-        return f"{wanted.file} is not in {', '.join(map(str, roots))}; get it ({remedy}), or give weights=DIR"
+        return f"{wanted.file}, which is in none"
     if path.stat().st_size < wanted.size:
-        return f"{path} was cut off at {path.stat().st_size / 1e6:.4g} MB; get it again ({remedy})"
+        return f"{wanted.file}, as {path} was cut off at {path.stat().st_size / 1e6:.3g} MB"
     with path.open("rb") as file:
         if wanted.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != wanted.sha256:
-            return f"{path} is not the published file: its sha256 is not {wanted.sha256}; get it ({remedy})"
+            return f"{wanted.file}, as {path} is another file: its sha256 is not {wanted.sha256}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,15 +30,17 @@ def test_all_that_is_missing_is_named_before_anything_is_read(tmp_path: Path) ->
     dims = ["imaging_quality", "temporal_style", "overall_consistency"]
     with pytest.raises(UserError) as caught:
         evaluate(Options(str(tmp_path / "videos"), dims, str(tmp_path / "out")), Console(quiet=True))
-    said = str(caught.value).splitlines()
-    assert len(said) == 1 + 3
-    assert said[1].startswith("imaging_quality: pyiqa_model/musiq_spaq_ckpt-358bb6af.pth is not in ")
-    assert (
-        f"{tmp_path}/ours, {tmp_path}/theirs; get it (108.5 MB, licence that of IQA-PyTorch, non-comm"
-        in said[1]
+    start, musiq, viclip, vocabulary = re.split("=: |; ", str(caught.value))
+    places = f"weights=DIR, {tmp_path}/ours, {tmp_path}/theirs"
+    assert start == f"get weights into one of {places}, or leave out their dims"
+    assert musiq == (
+        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth, which is in none, for imaging_quality (109 MB, licence "
+        "that of IQA-PyTorch, non-commercial), from https://github.com/chaofengc/IQA-PyTorch/releases/download/"
+        "v0.1-weights/musiq_spaq_ckpt-358bb6af.pth"
     )
-    assert "https://github.com/chaofengc/IQA-PyTorch/releases/" in said[1]
-    assert said[2].startswith("temporal_style and overall_consistency: ViCLIP/ViClip-InternVid-10M-FLT.pth")
+    both = "which is in none, for temporal_style and overall_consistency"
+    assert viclip.startswith(f"ViCLIP/ViClip-InternVid-10M-FLT.pth, {both}")
+    assert vocabulary.startswith(f"ViCLIP/bpe_simple_vocab_16e6.txt.gz, {both}")
     assert not (tmp_path / "out").exists()
 
 
@@ -55,12 +58,10 @@ def test_places_are_tried_in_turn_with_folders_and_without(tmp_path: Path) -> No
 
 def test_what_was_cut_off_or_is_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "amt-s.pth").write_bytes(bytes(WEIGHTS["amt_s"].size - 1))
-    with pytest.raises(UserError, match=r"amt-s\.pth was cut off at 11\.96 MB; get it again"):
+    with pytest.raises(UserError, match=r"amt-s\.pth was cut off at 12 MB, for a "):
         find_weights({"a": ["amt_s"]}, tmp_path)
     (tmp_path / "alexnet.ckpt").write_bytes(bytes(WEIGHTS["lpips_alex"].size))
-    with pytest.raises(
-        UserError, match=r"alexnet\.ckpt is not the published file: its sha256 is not 443c5bc3"
-    ):
+    with pytest.raises(UserError, match=r"alexnet\.ckpt is another file: its sha256 is not 443c5bc3"):
         find_weights({"a": ["lpips_alex"]}, tmp_path)
 
 
