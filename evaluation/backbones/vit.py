@@ -125,8 +125,9 @@ def load_dino(path: Path, device: torch.device) -> Dino:
 
 @lru_cache
 def load_umt(path: Path, device: torch.device, frames: int = 16) -> Umt:
-    """From a file of UMT's, whose keys have no bias and whose places need not be there."""
-    state = read_state(path)
+    """From a file of UMT's, whose keys have no bias; like upstream, whether or not it has places, or more."""
+    parts = ("patch_embed.", "pos_embed", "blocks.", "fc_norm.", "head.")
+    state = {name: x for name, x in read_state(path).items() if name.startswith(parts)}
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].squeeze(2)  # of one frame
     for name in [name for name in state if name.endswith(".q_bias")]:
         q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))

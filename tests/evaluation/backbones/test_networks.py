@@ -121,11 +121,15 @@ def test_a_pair_is_the_same_in_a_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(many[:1], between(one / 255, other / 255), atol=2e-5, rtol=0)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused_but_for_what_upstream_ignores(tmp_path: Path) -> None:
     state = torch.load(saved("amt", tmp_path))
     torch.save(state | {"decoder9.weight": torch.zeros(1)}, tmp_path / "more.pth")
     with pytest.raises(UserError, match=r"more\.pth holds other weights than it should.*decoder9\.weight"):
         load_amt(tmp_path / "more.pth", CPU)
+    state = torch.load(saved("umt", tmp_path))["model"]
+    torch.save(state | {"norm.weight": torch.zeros(128)}, tmp_path / "umt.pth")
+    load_umt(tmp_path / "umt.pth", CPU)
+    state = torch.load(tmp_path / "amt.pth")
     del state["comb_block.2.bias"]
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(UserError, match=r"less\.pth holds other weights.*comb_block\.2\.bias"):
