@@ -1,11 +1,15 @@
 """Say what an experiment needs before a machine is rented: memory, communication, time, and what fits.
 
     python -m tools.plan experiment=rcm_wan14b gpus=8 memory=80
-    python -m tools.plan experiment=rcm_wan14b gpus=64 size=1280x720 card=h200 context=8 accumulate=4
+    python -m tools.plan experiment=rcm_wan14b gpus=64 size=720p card=h200 context=8 accumulate=4
 
 gpus: in all, `node` of them a machine; memory: GiB of a card.  shard, context and remat are tried in all ways
 unless given.  Further words are train.py's: data.frames=21 (latent), batch=, attention.ratio=.  Nothing is
 allocated: networks are built on the meta device; tools/plan_cost.py says what is counted, and by what rates.
+
+The second table: a rank's GiB at the peak and of activations, and its tokens; all clips of a step; GB that a
+rank sends in it, by purpose; the share of it that computing takes, if no traffic hides behind that and if
+FSDP's does; clips an hour of a card.
 """
 
 import sys
@@ -27,13 +31,13 @@ from distill.optim import Optim
 from distill.rcm import Method
 from distill.remat import MODES, rematerialize
 from distill.sla import Alignment
-from tools.bench.forward import latent_size
 from tools.options import MISSING, parse
 from tools.plan_cost import CARDS, GIB, USABLE, Estimate, Role, Run, Setting, Turn
 from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import PATCH, WanModel
 from turbodiffusion.parallel.context import check_heads
+from turbodiffusion.pipelines.sizes import check_size, latent_frames, parse_size
 from turbodiffusion.variants import CONFIGS, variant
 
 # an experiment does not say what its teacher is; its name does
@@ -55,7 +59,7 @@ class Options:
     node: int = 8
     card: str = "h100"
     variant: str | None = None
-    size: str = "832x480"
+    size: str = "480p"
     shard: int | None = None
     context: int | None = None
     remat: str | None = None
@@ -91,8 +95,9 @@ def described(options: Options, words: list[str]) -> Run:
     if options.variant is None and not names:
         raise UserError(f"experiment={options.experiment} does not say its teacher: add variant=")
     row = variant(options.variant or names[0])
-    frames = config.get("data", {}).get("frames") or (row.sampling.frames - 1) // 4 + 1
-    _, height, width = latent_size(row, options.size, 1)
+    frames = config.get("data", {}).get("frames") or latent_frames(row.sampling.frames)
+    pixels = PATCH[1] * (16 if row.vae == "wan2.2" else 8)  # a token's
+    size = check_size(parse_size(options.size), pixels)
     with torch.device("meta"):
         network = WanModel(**row.network)
     optims = {name: instantiate(optim) for name, optim in config.optims.items()}
@@ -101,7 +106,7 @@ def described(options: Options, words: list[str]) -> Run:
         turns=turns(method),
         sizes=network.config,
         unit=_count(network.blocks[0].parameters()),
-        tokens=frames * (height // PATCH[1]) * (width // PATCH[2]),
+        tokens=frames * (size.height // pixels) * (size.width // pixels),
         batch=config.batch,
         accumulate=config.accumulate,
     )
@@ -227,11 +232,7 @@ def table_of_settings(options: Options, estimates: list[Estimate], chosen: Estim
     others = sorted((each for each in estimates if not fits(options, each)), key=lambda each: each.peak)
     sent = ("gathers", "gradients", "replicas", "exchanges")
     names = ("fits", "peak", "activ.", "tokens", "clips", *sent, "s/step", "busy", "clips/h")
-    title = (
-        "a rank's GiB at the peak and of activations; its tokens; all clips of a step; GB that a rank sends; "
-        "the share of a step that computing takes; clips an hour of a card"
-    )
-    table = Table(*Setting._fields, *names, title=title)
+    table = Table(*Setting._fields, *names)
     for each in (fitting + others)[:ROWS]:
         table.add_row(
             *map(str, each.setting),
@@ -240,7 +241,7 @@ def table_of_settings(options: Options, estimates: list[Estimate], chosen: Estim
             f"{each.run.batch * each.run.tokens // each.setting.context:,}",
             f"{options.gpus // each.setting.context * each.run.clips}",
             *(f"{each.sent[name] / 1e9:.1f}" for name in sent),
-            *(f"{each.step:.2f}", f"{each.busy:.0%}", f"{each.pace:.0f}"),
+            *(f"{each.step:.2f}", f"{each.busy(False):.0%} to {each.busy(True):.0%}", f"{each.pace:.0f}"),
         )
     return table
 
@@ -255,7 +256,7 @@ def report(options: Options, words: list[str], console: Console) -> None:
     if chosen.loading > USABLE * options.memory * GIB:
         console.print(
             f"It will not start: before they are sharded, a rank holds all networks whole, "
-            f"{chosen.loading / GIB:.1f} GiB, and {USABLE:.0%} of memory={options.memory:g} are to be had."
+            f"{chosen.loading / GIB:.1f} GiB, more than {USABLE:.0%} of memory={options.memory:g}."
         )
 
 

@@ -206,13 +206,13 @@ class Estimate:
         sent["replicas"] = sums * 2 * trained / shard * (1 - shard / self.cards)
         return sent
 
-    def seconds(self, turn: Turn) -> float:
-        """Of a turn: what FSDP sends hides behind computing as far as that lasts, nothing else does."""
+    def seconds(self, turn: Turn, hides: bool = True) -> float:
+        """Of a turn.  What FSDP sends hides, if anything does, behind computing as far as that lasts."""
         shard, context, _ = self.setting
         sent, computing = self.traffic(turn), self.computing(turn)
-        replicas = sent["replicas"] / self.link(self.cards // shard, apart=shard)
-        fsdp = (sent["gathers"] + sent["gradients"]) / self.link(shard)
-        together = computing + replicas if shard == 1 else max(computing, fsdp + replicas)
+        summed = (sent["gathers"] + sent["gradients"]) / self.link(shard)
+        summed += sent["replicas"] / self.link(self.cards // shard, apart=shard)
+        together = max(computing, summed) if hides and shard > 1 else computing + summed
         updated = UPDATE * self.run.roles[turn.role].trained / shard / (OF_MEMORY * self.card.memory)
         return together + sent["exchanges"] / self.link(context) + updated
 
@@ -230,6 +230,11 @@ class Estimate:
         """Seconds of a step, a mean over turns."""
         return sum(turn.share * self.seconds(turn) for turn in self.run.turns)
 
+    def busy(self, hides: bool) -> float:
+        """The share of a step that goes to computing, in which a card does what one alone would."""
+        step = sum(turn.share * self.seconds(turn, hides) for turn in self.run.turns)
+        return sum(turn.share * self.computing(turn) for turn in self.run.turns) / step
+
     @cached_property
     def sent(self) -> dict[str, float]:
         """Bytes a rank sends in a step, a mean over turns."""
@@ -237,11 +242,6 @@ class Estimate:
         for turn in self.run.turns:
             total.update({kind: turn.share * count for kind, count in self.traffic(turn).items()})
         return total
-
-    @property
-    def busy(self) -> float:
-        """The share of a step that goes to computing, in which a card does what one alone would."""
-        return sum(turn.share * self.computing(turn) for turn in self.run.turns) / self.step
 
     @property
     def pace(self) -> float:

@@ -1,8 +1,10 @@
 """The planner: counts against published sizes and real optimisers, predictions against measurements."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from distill.remat import rematerialize
 from distill.sharding import mesh, shard
 from tests.tools.conftest import Run as Call
 from tools import plan
-from tools.plan import Options, described
+from tools.plan import Options, best, candidates, described
 from tools.plan_cost import CARDS, GIB, LINEAR, Estimate, Pass, Run, Setting, parts
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.parallel import neighbours, split_tokens
@@ -32,7 +34,7 @@ PARAMETERS = {"rcm_wan1_3b": 1_418_996_800, "rcm_wan14b": 14_288_491_584}  # of 
 
 
 @cache
-def run_of(experiment: str, *words: str, size: str = "832x480") -> Run:
+def run_of(experiment: str, *words: str, size: str = "480p") -> Run:
     name = experiment.partition("=")[2]
     return described(Options(experiment=name, gpus=1, size=size), list(words))
 
@@ -59,10 +61,10 @@ def test_networks_have_their_published_sizes(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "size", "linear", "attention"),
     [
-        (RCM_1, "832x480", 82.1, 198 + 3.1),
-        (RCM_1, "1280x720", 189, 1_053 + 7.1),
-        (RCM_14, "832x480", 785, 879 + 13.7),
-        (RCM_14, "1280x720", 1_810, 4_682 + 31.7),
+        (RCM_1, "480p", 82.1, 198 + 3.1),
+        (RCM_1, "720p", 189, 1_053 + 7.1),
+        (RCM_14, "480p", 785, 879 + 13.7),
+        (RCM_14, "720p", 1_810, 4_682 + 31.7),
     ],
 )
 def test_work_is_what_was_counted_elsewhere(
@@ -174,7 +176,7 @@ def test_states_are_what_training_stores(matrices: str, trainable: str) -> None:
 @pytest.mark.parametrize(("cards", "gb"), [(2, 31), (8, 14)])
 def test_exchanges_are_those_of_the_page(cards: int, gb: float) -> None:
     """14B at 720p: what docs/scaling.md says a rank sends in a forward."""
-    run = run_of(*RCM_14, size="1280x720")
+    run = run_of(*RCM_14, size="720p")
     made = Estimate(run, Setting(1, cards, "block"), cards, 8, H200)
     turn = run.turns[0]._replace(passes=Counter({("teacher", "forward"): 1}))
     # the page says whole GB
@@ -268,6 +270,25 @@ def test_it_warns_where_networks_do_not_load_whole(run: Call) -> None:
     assert "79.8 GiB" in said
 
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs/scaling.md").read_text()
+ROW = r"^\| (1\.3B|14B) (480p|720p) \| (\d+) \| (\d+), (\d+), `(\w+)` \| ([\d.]+) \|.* ([\d.]+) \| \S+ to"
+
+
+@pytest.mark.parametrize("row", re.findall(ROW, PAGE, re.MULTILINE), ids=" ".join)
+def test_the_page_quotes_the_planner(row: tuple[str, ...]) -> None:
+    network, size, cards, *setting, gib, seconds = row
+    words = {"1.3B": RCM_1, "14B": RCM_14}[network]
+    run = run_of(*words, size=size)
+    options = Options(experiment="", gpus=int(cards), memory=80)
+    chosen = best(options, list(candidates(options, run)))
+    assert [str(word) for word in chosen.setting] == setting
+    assert (f"{chosen.peak / GIB:.1f}", f"{chosen.step:.2f}") == (gib, seconds)
+
+
+def test_the_page_has_every_row() -> None:
+    assert len(re.findall(ROW, PAGE, re.MULTILINE)) == 12
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -275,6 +296,7 @@ def test_it_warns_where_networks_do_not_load_whole(run: Call) -> None:
         (["experiment=rcm_wan14b", "gpus=8", "shard=3"], "take one of 1, 2, 4, 8"),
         (["experiment=rcm_wan1_3b", "gpus=8", "context=8"], "12 heads: take one of 1, 2, 3, 4, 6, 12"),
         (["experiment=rcm_wan1_3b", "gpus=12"], "not whole machines of node=8"),
+        (["experiment=rcm_wan1_3b", "gpus=8", "size=832"], "neither WIDTHxHEIGHT nor"),
         (["experiment=rcm_wan1_3b", "gpus=8", "card=b200"], "choose h100, h200, a100"),
         (["experiment=rcm_wan1_3b", "gpus=8", "remat=all"], "choose none, block, keep_attention"),
         (["experiment=rcm_wan1_3b", "gpus=8", "precision=float32"], "only bfloat16"),
