@@ -1,11 +1,12 @@
 """Scores the videos of a folder.
 
     python -m evaluation videos=DIR dims=[temporal_flickering,...] out=DIR [prompts=FILE] [reference=DIR]
-                         [weights=DIR] [device=cuda]
+                         [weights=DIR] [upstream=PYTHON] [device=cuda]
 
 Files are named `{prompt}-{sample}.mp4`; prompts= (.txt, .json, .jsonl, or VBench_full_info.json) says what
 was asked for where names do not, and what is missing.  psnr and ssim compare with the file of the same name
-in reference=.  After an interruption the same command goes on; `torchrun --nproc-per-node 8 -m evaluation
+in reference=.  Dimensions that need VBench's detectors are scored by the interpreter upstream=, which has
+vbench installed.  After an interruption the same command goes on; `torchrun --nproc-per-node 8 -m evaluation
 ...` shares the videos out over GPUs.  DIR gets results.json, report.md, report.html, records.jsonl (a
 line a video and dimension), run.json (what was run, on what) and eval_results.json in the leaderboard's form.
 Exit code 2: some could not be scored; the report names them.
@@ -20,7 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
 from evaluation.export import RESULTS, UPSTREAM, upstream
-from evaluation.metrics import VideoMetric, make_metrics
+from evaluation.metrics import Upstream, VideoMetric, make_metrics
 from evaluation.prompts import Suite, read_prompts
 from evaluation.records import Record, line_of
 from evaluation.report import markdown, summarise
@@ -44,21 +45,23 @@ class Options:
     prompts: str | None = None
     reference: str | None = None
     weights: str | None = None
+    upstream: str | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def evaluate(options: Options, console: Console) -> None:
     """Score, write and show; everything that can be refused is, before the first video is read."""
     weights = None if options.weights is None else Path(options.weights).expanduser()
-    metrics = make_metrics(options.dims, weights)
     folder, out = Path(options.videos).expanduser(), Path(options.out).expanduser()
+    rank, world, local = ranks()
+    bridge = None if options.upstream is None else Upstream(options.upstream, out / f"upstream-{rank}")
+    metrics = make_metrics(options.dims, weights, bridge)
     suite = None if options.prompts is None else read_prompts(Path(options.prompts).expanduser())
     reference = None if options.reference is None else Path(options.reference).expanduser()
     if reference is None and (paired := [name for name, each in metrics.items() if each.needs_reference]):
         raise UserError(f"{' and '.join(paired)}: give the folder of videos to compare with as reference=DIR")
     found = find_videos(folder, suite, reference)
     tasks = plan(found.videos, metrics)
-    rank, world, local = ranks()
     device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
     score_all(tasks, out, device, rank=rank, world=world)
     wait_for_all(world)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from evaluation.__main__ import Options as Scoring
 from evaluation.__main__ import evaluate
-from evaluation.metrics import METRICS, make_metrics
+from evaluation.metrics import DETECTED, METRICS, Upstream, make_metrics
 from evaluation.prompts import Suite, read_prompts
 from evaluation.runner import ranks, wait_for_all
 from evaluation.vbench import I2V, T2V
@@ -55,8 +55,10 @@ def generate_and_score(options: Options) -> None:
     out, device = Path(options.out).expanduser(), own_device(pick_device(options.device))
     file = _prompt_file(options, out)
     suite = read_prompts(file)
-    dims = options.dims or [name for name in DIMS[kind] if name in METRICS]
-    make_metrics(dims)
+    bridge = None if options.upstream is None else Upstream(options.upstream, out / f"upstream-{rank}")
+    known = [*METRICS, *([] if bridge is None else DETECTED)]
+    dims = options.dims or [name for name in DIMS[kind] if name in known]
+    make_metrics(dims, upstream=bridge)
     share = list(_items(options, suite, file))[rank::world]
     videos = out / "videos"
     if share:
@@ -64,11 +66,12 @@ def generate_and_score(options: Options) -> None:
             part.write_text("".join(json.dumps(item) + "\n" for item in share))
         own = {"prompt_file": str(out / f"prompts-{rank}.jsonl"), "out": str(videos), "device": str(device)}
         samples = {"num_samples": suite.samples or options.num_samples, "naming": "{name}-{sample}"}
-        cleared = dict.fromkeys(("image", "evaluation", "dims", "augmented"))
+        cleared = dict.fromkeys(("image", "evaluation", "dims", "augmented", "upstream"))
         generate(replace(options, **own, **samples, **cleared))
     if not options.plan_only:
         wait_for_all(world)
-        evaluate(Scoring(str(videos), dims, str(out), prompts=str(file), device=str(device)), Console())
+        given = {"prompts": str(file), "upstream": options.upstream, "device": str(device)}
+        evaluate(Scoring(str(videos), dims, str(out), **given), Console())
 
 
 def _prompt_file(options: Options, out: Path) -> Path:

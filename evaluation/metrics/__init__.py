@@ -12,6 +12,7 @@ from evaluation.metrics.quality import AestheticQuality, ImagingQuality
 from evaluation.metrics.score import VideoMetric
 from evaluation.metrics.small_world import SmallWorld
 from evaluation.metrics.text import AppearanceStyle, ClipSim, ClipTemp, OverallConsistency, TemporalStyle
+from evaluation.metrics.upstream import DETECTED, HOW, Detected, Upstream
 from evaluation.vbench import DIMENSIONS
 from turbodiffusion.errors import UserError
 
@@ -23,19 +24,30 @@ _ALL = (
 METRICS: dict[str, type[VideoMetric]] = {each.name: each for each in _ALL}
 
 
-def make_metrics(names: list[str], weights: Path | None = None) -> dict[str, VideoMetric]:
+def make_metrics(
+    names: list[str], weights: Path | None = None, upstream: Upstream | None = None
+) -> dict[str, VideoMetric]:
     """Metrics by name, in order, with weights from a folder or the usual places.
 
-    UserError names all that there are not, and all weights that are missing.
+    UserError names all that there are not, and all weights that are missing, or what upstream is lacking.
     """
-    if unknown := [name for name in names if name not in METRICS]:
+    known = [*METRICS, *DETECTED]
+    if unknown := [name for name in names if name not in known]:
         later = " (a dimension of VBench, but not scored here)"
         told = ", ".join(name + later * (name in DIMENSIONS) for name in unknown)
-        raise UserError(f"there is no metric {told}; choose from {', '.join(METRICS)}")
+        raise UserError(f"there is no metric {told}; choose from {', '.join(known)}")
     if not names:
-        raise UserError(f"dims=[] scores nothing; choose from {', '.join(METRICS)}")
-    files = find_weights({name: METRICS[name].weights for name in names}, weights)
-    return {name: METRICS[name](files) for name in names}
+        raise UserError(f"dims=[] scores nothing; choose from {', '.join(known)}")
+    detected = [name for name in names if name in DETECTED]
+    if detected and upstream is None:
+        raise UserError(f"{' and '.join(detected)}: upstream=PYTHON must have VBench's own package: {HOW}")
+    needs = {name: (DETECTED[name],) if name in DETECTED else METRICS[name].weights for name in names}
+    files = find_weights(needs, weights)
+    if detected:
+        upstream.check(detected)
+    return {
+        name: Detected(name, files, upstream) if name in DETECTED else METRICS[name](files) for name in names
+    }
 
 
-__all__ = ["METRICS", "VideoMetric", "make_metrics"]
+__all__ = ["DETECTED", "METRICS", "Upstream", "VideoMetric", "make_metrics"]

@@ -56,6 +56,7 @@ class Options:
     evaluation: str | None = MISSING
     dims: list[str] | None = MISSING
     augmented: str | None = MISSING
+    upstream: str | None = MISSING
 
 
 def read(cfg: DictConfig) -> Options:

@@ -152,8 +152,8 @@ def test_unknown_metrics_are_named() -> None:
     needing_none = [name for name, each in METRICS.items() if not each.weights]
     assert list(make_metrics(needing_none)) == needing_none
     with pytest.raises(
-        UserError, match=r"beauty, color \(a dimension of VBench, but not scored here\); choose"
+        UserError, match=r"beauty, i2v_subject \(a dimension of VBench, but not scored here\); choose"
     ):
-        make_metrics(["psnr", "beauty", "color"])
+        make_metrics(["psnr", "beauty", "i2v_subject"])
     with pytest.raises(UserError, match="scores nothing"):
         make_metrics([])
