@@ -6,12 +6,15 @@ Tensors are stored by torch.distributed.checkpoint, every rank its shards: a run
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from distill import replicas
 from turbodiffusion.errors import UserError
 
+ALONE = "torch.distributed is disabled"  # a warning of torch's, where there is one process
 Networks = Mapping[str, Mapping[str, Tensor]]  # by role or role_ema, then by name
 
 
@@ -35,30 +39,81 @@ class TrainState:
     updates: dict[str, int] = field(default_factory=dict)  # by role
 
 
-def save_run(folder: Path, state: TrainState, networks: Networks) -> Path:
-    """Write `folder/step-N`, unless it is there, then drop the older ones; every rank must ask for it.
+class Saver:
+    """Writes the checkpoints of a run into `folder`, one at a time; every rank must ask for each.
 
-    Raises OSError, on every rank, when it can not be written.
+    In the background: everything is copied to the host's memory, and written while training goes on.
+    Raises UserError, on every rank, when one can not be written; those before it stay whole.
     """
-    partial, final = folder / "partial", folder / f"step-{state.step:07d}"
-    if final.exists():  # saved when the run stopped here before
-        return final
-    if replicas.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    replicas.wait()
-    tensors = _weights(networks) | _moments(state, networks)
-    with _plainly():
-        dcp.save(tensors, checkpoint_id=partial)
-    if replicas.rank() == 0:
-        counters = {"step": state.step, "seconds": state.seconds, "updates": state.updates}
-        (partial / "counters.json").write_text(json.dumps(counters))
-        older = saved_runs(folder)
-        partial.rename(final)
-        for path in older:
-            shutil.rmtree(path)
-    replicas.wait()
-    return final
+
+    def __init__(self, folder: Path, *, background: bool = False):
+        self.folder, self.background = folder, background
+        self.thread = ThreadPoolExecutor(1)  # a process that ends waits for it
+        self.under_way: Future[None] | None = None
+        # a group of its own: what is sent in the background must not meet what training sends
+        several = background and dist.is_initialized()
+        self.ranks = dist.new_group(backend="gloo") if several else None
+
+    def save(self, state: TrainState, networks: Networks) -> None:
+        """Write `folder/step-N`, unless it is there, then drop the older ones."""
+        self.wait()
+        final = self.folder / f"step-{state.step:07d}"
+        if final.exists():  # saved when the run stopped here before
+            return
+        # for good: it may come from another thread at any time
+        warnings.filterwarnings("ignore", ALONE)
+        tensors, path = _weights(networks) | _moments(state, networks), final.with_name("partial")
+        with _explained(final):
+            if replicas.rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+                counters = {"step": state.step, "seconds": state.seconds, "updates": state.updates}
+                (path / "counters.json").write_text(json.dumps(counters))
+        replicas.wait()
+        if self.background:
+            written = dcp.async_save(tensors, checkpoint_id=path, process_group=self.ranks)
+            self.under_way = self.thread.submit(_complete, final, written.result)
+        else:
+            _complete(final, partial(dcp.save, tensors, checkpoint_id=path))
+            replicas.wait()
+
+    def check(self) -> None:
+        """Raise what has gone wrong in the background by now."""
+        if self.under_way is not None and self.under_way.done():
+            self.under_way.result()
+
+    def wait(self) -> None:
+        """Until what is under way is a checkpoint; raises what goes wrong."""
+        if self.under_way is not None:
+            self.under_way.result()
+            self.under_way = None
+            replicas.wait()
+
+
+def _complete(final: Path, write: Callable[[], object]) -> None:
+    """Write, give it its name, and drop what is older."""
+    with _explained(final):
+        write()
+        if replicas.rank() == 0:
+            older = saved_runs(final.parent)
+            final.with_name("partial").rename(final)
+            for path in older:
+                shutil.rmtree(path)
+
+
+@contextmanager
+def _explained(final: Path) -> Iterator[None]:
+    """Say of a checkpoint that can not be written where that was and why, and leave nothing of it."""
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        if replicas.rank() == 0:
+            shutil.rmtree(final.with_name("partial"), ignore_errors=True)
+        reason = getattr(_reason(error), "strerror", None) or _reason(error)
+        raise UserError(
+            f"{final} could not be written ({reason}): make room there, or choose another place with out=; "
+            "the checkpoint before it is whole"
+        ) from error
 
 
 def saved_runs(folder: Path) -> list[Path]:
@@ -93,11 +148,16 @@ def resume_run(folder: Path, state: TrainState, networks: Networks) -> bool:
 def _plainly() -> Iterator[None]:
     """Leave out of torch's checkpoints its warning where there is one process, and its wrapper of errors."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", ALONE)
         try:
             yield
         except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
+            raise _reason(error) from error
+
+
+def _reason(error: Exception) -> BaseException:
+    """Of the ranks whose failures torch wraps, the first one's."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def _weights(networks: Networks) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import replicas
-from distill.checkpoint import TrainState, resume_run, save_run
+from distill.checkpoint import Saver, TrainState, resume_run
 from distill.ema import PowerEMA
 from distill.interrupt import Interrupt
 from distill.log import Log
@@ -43,6 +43,7 @@ class Plan:
     log_every: int = 25
     save_every: int = 1000
     preview_every: int = 1000
+    async_save: bool = False
 
     def __post_init__(self) -> None:
         counts = ("steps", "accumulate", "log_every", "save_every", "preview_every")
@@ -92,6 +93,7 @@ class Trainer:
         self.origin = origin(self.device)
         self.log = Log(folder / "log.jsonl", plan.log_every, self.device, tracker)
         self.losses: dict[str, Tensor] = {}  # of the step at hand
+        self.saver = Saver(folder / "checkpoint", background=plan.async_save)
         if resume_run(folder / "checkpoint", self.state, self._tensors()):
             for masters in self.masters.values():
                 masters.publish()
@@ -105,9 +107,11 @@ class Trainer:
             while not self._is_done() and not interrupt.requested:
                 self.update()
                 self._agree(before + time.perf_counter() - started, interrupt)
+                self.saver.check()
                 if not self._is_done():
                     self._on_the_way()
             self.save()
+            self.saver.wait()
             # also for a run that was done: it may have been killed right here
             self.report()
         self.log.say(f"{self.folder} is saved at step {self.state.step}; raise steps= to train on")
@@ -166,7 +170,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from which the run continues exactly."""
-        save_run(self.folder / "checkpoint", self.state, self._tensors())
+        self.saver.save(self.state, self._tensors())
 
     def report(self) -> None:
         """Measure the averaged networks, draw what they make, and write the files they ship as.

@@ -151,7 +151,8 @@ def one_sentence(names: Collection[str] = ()) -> Iterator[None]:
 def _exit(sentence: str, code: int) -> NoReturn:
     if os.environ.get("TURBODIFFUSION_TRACEBACK") == "1":
         traceback.print_exc()
-    sys.stderr.write(" ".join(sentence.split()) + "\n")
+    which = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""  # of torchrun's processes
+    sys.stderr.write(f"{which}{' '.join(sentence.split())}\n")
     raise SystemExit(code)
 
 

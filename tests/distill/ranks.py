@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from distill.checkpoint import Saver
 from distill.conditioning import Example
 from distill.jvp import jvp
 from distill.objective import Parts, Product
@@ -27,6 +28,7 @@ from distill.sharding import local, whole
 from distill.times import LogNormal, RandomRollout, UniformShift
 from distill.trainer import Plan, Trainer
 from turbodiffusion.attention import Attention
+from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.parallel import joined, rank
@@ -181,6 +183,18 @@ def resume(folder: Path) -> dict[str, object]:
     return {"at": resumed, "wrong": wrong, "names": sorted(theirs), "moments": sum(second_moments)}
 
 
+def save_both_ways(folder: Path, shard: int) -> None:
+    """One state to FOLDER/sync and FOLDER/async, which changes before the second is written."""
+    trainer = make_trainer(folder / "ways", shard=shard)
+    for _ in range(3):
+        trainer.update()
+    for name in ("sync", "async"):
+        trainer.saver = Saver(folder / name, background=name == "async")
+        trainer.save()
+    trainer.update()
+    trainer.saver.wait()
+
+
 def clip(folder: Path) -> dict[str, float]:
     """Norms of the gradient before and after clipping."""
     trainer = make_trainer(folder / "clip", shard=2, max_grad_norm=1e-2)
@@ -241,8 +255,33 @@ def together(folder: Path) -> None:
             "clip": clip(folder),
             "poison": poison(folder),
         }
+        save_both_ways(folder, 2)
         (folder / f"rank{rank()}.json").write_text(json.dumps(results))
         stop_one_rank(folder)
+
+
+def restarted(folder: Path) -> None:
+    """Train, but for rank 1, which is killed at step 5 the first time; once more, whole."""
+
+    def spoil(number: int, example: Example) -> Example:
+        if number == 11 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return example
+
+    with joined(CPU):
+        data = Noise(spoil)
+        trainer = make_trainer(folder / "killed", shard=2, data=data, save_every=2, async_save=True)
+        (folder / "from").write_text(str(trainer.state.step))
+        trainer.fit()
+        make_trainer(folder / "whole", shard=2).fit()
+
+
+def resharded(folder: Path) -> None:
+    """What four ranks find in the checkpoint of FOLDER/broken, to four.pt."""
+    with joined(CPU):
+        found = {n: whole(v) for n, v in everything(make_trainer(folder / "broken", shard=4)).items()}
+        if rank() == 0:
+            torch.save(found, folder / "four.pt")
 
 
 def killed(folder: Path) -> None:
@@ -276,4 +315,6 @@ def _lines(log: Path) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"together": together, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    cases = {case.__name__: case for case in (together, restarted, resharded, killed)}
+    with one_sentence():
+        cases[sys.argv[1]](Path(sys.argv[2]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from distill.objective import nothing
@@ -20,6 +21,7 @@ from tests.distill.ranks import (
     everything,
     make_trainer,
     read_checkpoint,
+    save_both_ways,
     tiny_network,
 )
 from turbodiffusion.errors import UserError
@@ -51,12 +53,16 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def torchrun(case: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", *options)
+    return start(*launcher, "-m", "tests.distill.ranks", case, str(folder))
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Started once: importing takes longer than all that is done."""
     folder = tmp_path_factory.mktemp("together")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = start(*torchrun, "-m", "tests.distill.ranks", "together", str(folder))
+    done = torchrun("together", folder, "--nproc-per-node=2")
     files = [folder / f"rank{i}.json" for i in range(2)]
     assert all(file.exists() for file in files), done.stdout + done.stderr
     seconds = time.time() - max(file.stat().st_mtime for file in files)
@@ -93,12 +99,38 @@ def test_sharded_run_resumes_bit_for_bit_with_every_rank_s_moments(ended: Ended)
 
 
 @pytest.mark.dist
-def test_checkpoint_of_two_shards_resumes_on_one_process(ended: Ended):
+def test_checkpoint_of_two_shards_resumes_on_one_process_and_then_on_four(ended: Ended):
     alone = make_trainer(ended.folder / "broken")
     assert alone.state.step == 6
     ours, theirs = everything(alone), torch.load(ended.folder / "whole.pt")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    alone.update()
+    alone.save()
+    done = torchrun("resharded", ended.folder, "--nproc-per-node=4")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = torch.load(ended.folder / "four.pt"), everything(alone)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("processes", [1, 2])
+def test_saving_in_the_background_writes_the_same_files(processes: int, tmp_path: Path, request):
+    if processes == 1:
+        folder = tmp_path
+        save_both_ways(folder, 1)
+    else:
+        folder = request.getfixturevalue("ended").folder
+    sync, background = (folder / name / "step-0000003" for name in ("sync", "async"))
+    names = {path.name for path in sync.iterdir()}
+    assert {".metadata", "counters.json", *(f"__{i}_0.distcp" for i in range(processes))} == names
+    assert {path.name for path in background.iterdir()} == names
+    for name in names - {".metadata"}:
+        assert (sync / name).read_bytes() == (background / name).read_bytes()
+    ours, theirs = (dcp.FileSystemReader(path).read_metadata() for path in (background, sync))
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data
 
 
 @pytest.mark.dist
@@ -140,8 +172,11 @@ def test_nan_on_one_rank_stops_all_before_the_step_and_names_it(ended: Ended):
 
 
 @pytest.mark.dist
-def test_error_on_one_rank_ends_the_run_with_its_words(ended: Ended):
-    assert "shard 7 is torn" in ended.errors
+def test_error_on_one_rank_ends_the_run_with_its_words_alone(ended: Ended):
+    assert ended.errors.startswith("[rank 1] shard 7 is torn\n")
+    # the rest is torchrun's
+    assert "[rank0]" not in ended.errors
+    assert ended.errors.count("Traceback") == 1
     # the other rank sees the connection close; torchrun looks once in 0.1 s, a loaded machine needs a while
     assert ended.seconds < 20
     (last,) = (ended.folder / "torn" / "checkpoint").glob("step-*")
@@ -161,6 +196,19 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path):
     assert "step-0000030" not in resumed[-1]
     ours, theirs = (
         read_checkpoint(tmp_path / run / "checkpoint" / "step-0000030") for run in ("killed", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+@pytest.mark.dist
+def test_run_with_a_killed_rank_is_started_again_and_ends_as_an_uninterrupted_one(tmp_path: Path):
+    done = torchrun("restarted", tmp_path, "--nproc-per-node=2", "--max-restarts=1")
+    assert done.returncode == 0, done.stderr
+    # killed at step 5, maybe before the checkpoint of step 4 was in its place
+    assert (tmp_path / "from").read_text() in ("2", "4")
+    ours, theirs = (
+        read_checkpoint(tmp_path / run / "checkpoint" / "step-0000006") for run in ("killed", "whole")
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())

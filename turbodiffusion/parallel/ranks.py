@@ -17,16 +17,36 @@ def started() -> tuple[int, int]:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the other processes of torchrun, if it started this one, until the block is left."""
+    """Join the other processes of torchrun, if it started this one, until the block is left.
+
+    Of processes that fail only the first has its error; those that break off since it is gone end in silence.
+    """
     if "WORLD_SIZE" not in os.environ:
         yield
         return
     device_id = None if device.type == "cpu" else device
-    dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device_id)
+    store, own, count = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
+        # torchrun restarts with the store at hand, and the addresses of the processes that are gone
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = dist.get_default_backend_for_device(device)
+    dist.init_process_group(backend, store=store, rank=own, world_size=count, device_id=device_id)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        # the group is left as it is: to end it would be to wait for the others
+        if not _is_first(store):
+            raise SystemExit(1) from error
+        raise
+    dist.destroy_process_group()
+
+
+def _is_first(store: dist.Store) -> bool:
+    """Whether no other process has asked this."""
+    try:
+        return store.add("failed", 1) == 1
+    except dist.DistError:  # the process that kept it is gone
+        return False
 
 
 def rank() -> int:
