@@ -61,12 +61,18 @@ def distillation(  # noqa: PLR0913 (a line of the config each)
     student.requires_grad_(trainable != "proj_only")
     for block in student.blocks:
         block.self_attn.core.requires_grad_(trainable != "no_proj")
+    # one after the other: a rank that shards them holds the teacher and one more whole
+    _place(student, hardware)
     critic = deepcopy(frozen).requires_grad_(True) if objective.has_critic else None
-    for network in filter(None, (frozen, student, critic)):
-        hardware.prepare(network, WanModel.is_fp32, network.shard_units(), can_shard=True)
+    for network in filter(None, (critic, frozen)):
+        _place(network, hardware)
     built: Objective = objective.build(student, frozen, critic, material.negative)
     judge = outcome(objective=built, material=material, teacher=loaded)
     return Parts(built, material.train, judge, hardware.context)
+
+
+def _place(network: WanModel, hardware: Hardware) -> None:
+    hardware.prepare(network, WanModel.is_fp32, network.shard_units(), can_shard=True)
 
 
 def _load_student(path: str, teacher: WanModel, hardware: Hardware) -> WanModel:

@@ -255,7 +255,7 @@ def report(options: Options, words: list[str], console: Console) -> None:
     console.print(command(options, chosen.setting, words), soft_wrap=True, markup=False, highlight=False)
     if chosen.loading > USABLE * options.memory * GIB:
         console.print(
-            f"It will not start: before they are sharded, a rank holds all networks whole, "
+            f"It will not start: before they are sharded, a rank holds two networks whole, "
             f"{chosen.loading / GIB:.1f} GiB, more than {USABLE:.0%} of memory={options.memory:g}."
         )
 

@@ -181,8 +181,8 @@ class Estimate:
 
     @property
     def loading(self) -> int:
-        """Bytes before anything is sharded: distill.distillation holds every network whole on every rank."""
-        return sum(2 * role.parameters for role in self.run.roles.values())
+        """Bytes while networks are sharded: distill.distillation holds the teacher and one more whole."""
+        return 4 * self.run.roles["teacher"].parameters
 
     @property
     def peak(self) -> float:
