@@ -175,7 +175,9 @@ def test_a_clip_takes_the_fewest_even_pieces_that_are_spared(spare: int, wanted:
     one = decode_bytes(vae, (21, 60, 104), chunk=1)
 
     def fits(chunk: int) -> bool:
-        return decode_bytes(vae, (21, 60, 104), chunk=chunk) - one <= spare and chunk <= longest_chunk(vae, (1, 60, 104))
+        return decode_bytes(vae, (21, 60, 104), chunk=chunk) - one <= spare and chunk <= longest_chunk(
+            vae, (1, 60, 104)
+        )
 
     even = (-(-21 // pieces) for pieces in range(1, 22))
     assert next(filter(fits, even)) == wanted
