@@ -335,6 +335,8 @@ def test_an_evaluation_from_images_takes_the_crop_of_the_videos_shape(run: Calla
         (["evaluation=custom", "prompt_file=no.txt"], "no.txt does not exist: evaluation=custom needs"),
         (["evaluation=tiny", "prompt=a cat"], "takes prompt_file=, not prompt="),
         (["evaluation=tiny", "dims=[beauty]"], "there is no metric beauty"),
+        (["evaluation=tiny", "dims=[color]"], "color: upstream=PYTHON must have VBench's own package"),
+        (["evaluation=tiny", "dims=[scene]", "upstream=no"], "upstream=no is no interpreter"),
         (["evaluation=tiny", "augmented=README.md"], "lines for 128 prompts"),
         (["evaluation=i2v", "prompt_file=README.md"], "a prompt file ends in .txt, .json or .jsonl"),
         (["naming={seed:x"], "naming={seed:x: it may name {name}, {seed} and {sample}"),

@@ -38,13 +38,13 @@ def make_metrics(
         raise UserError(f"there is no metric {told}; choose from {', '.join(known)}")
     if not names:
         raise UserError(f"dims=[] scores nothing; choose from {', '.join(known)}")
-    detected = [name for name in names if name in DETECTED]
-    if detected and upstream is None:
-        raise UserError(f"{' and '.join(detected)}: upstream=PYTHON must have VBench's own package: {HOW}")
+    if detected := [name for name in names if name in DETECTED]:
+        if upstream is None:
+            told = " and ".join(detected)
+            raise UserError(f"{told}: upstream=PYTHON must have VBench's own package: {HOW}")
+        upstream.check(detected)
     needs = {name: (DETECTED[name],) if name in DETECTED else METRICS[name].weights for name in names}
     files = find_weights(needs, weights)
-    if detected:
-        upstream.check(detected)
     return {
         name: Detected(name, files, upstream) if name in DETECTED else METRICS[name](files) for name in names
     }

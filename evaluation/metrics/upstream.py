@@ -67,11 +67,12 @@ class Detected(VideoMetric):
         prompt = footage.video.prompt
         if self.name not in prompt.auxiliary:
             raise UserError(f"belongs to a prompt whose auxiliary_info names no {self.name}")
-        if self._process is None:
-            self._start(str(footage.pixels.device))
         asked = {"prompt": prompt.text, "video_list": [str(footage.video.path.absolute())]}
         try:
-            answer = self._ask(asked | {"auxiliary_info": prompt.auxiliary[self.name]})
+            if self._process is None:
+                self._start(str(footage.pixels.device))
+            self._tell(asked | {"auxiliary_info": prompt.auxiliary[self.name]})
+            answer = json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:  # a broken pipe, or an empty line
             self._process.wait()  # for its last words
             said = _last(self._log.read_bytes())
@@ -94,10 +95,6 @@ class Detected(VideoMetric):
 
     def _tell(self, content: Mapping[str, object]) -> None:
         self._process.stdin.write(json.dumps(content).encode() + b"\n")
-
-    def _ask(self, content: Mapping[str, object]) -> dict:
-        self._tell(content)
-        return json.loads(self._process.stdout.readline())
 
 
 def _counted(video: dict) -> Score:
