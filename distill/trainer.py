@@ -103,10 +103,11 @@ class Trainer:
         before, started = self.state.seconds, time.perf_counter()
         if self.state.step:
             self.log.say(f"{self.folder} goes on from step {self.state.step}")
+        stop = False
         with self.log, Interrupt() as interrupt:
-            while not self._is_done() and not interrupt.requested:
+            while not (stop or self._is_done()):
                 self.update()
-                self._agree(before + time.perf_counter() - started, interrupt)
+                stop = self._agree(before + time.perf_counter() - started, interrupt.requested)
                 self.saver.check()
                 if not self._is_done():
                     self._on_the_way()
@@ -115,7 +116,7 @@ class Trainer:
             # also for a run that was done: it may have been killed right here
             self.report()
         self.log.say(f"{self.folder} is saved at step {self.state.step}; raise steps= to train on")
-        if interrupt.requested:
+        if stop:
             raise KeyboardInterrupt
 
     def update(self) -> None:
@@ -214,10 +215,10 @@ class Trainer:
             weights=weights,
         )
 
-    def _agree(self, seconds: float, interrupt: Interrupt) -> None:
-        """Have every rank stop at the same step."""
-        self.state.seconds, requested = replicas.from_first([seconds, interrupt.requested], self.device)
-        interrupt.requested = bool(requested)
+    def _agree(self, seconds: float, requested: bool) -> bool:
+        """Have every rank stop at the same step: a signal reaches them at different times."""
+        self.state.seconds, stop = replicas.from_first([seconds, requested], self.device)
+        return bool(stop)
 
     def _is_done(self) -> bool:
         return self.plan.progress(self.state) >= 1

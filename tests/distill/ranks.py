@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,6 +225,21 @@ def poison(folder: Path) -> dict[str, object]:
     return {"error": None}
 
 
+def interrupt(folder: Path) -> int:
+    """The step at which both ranks stop; the signal reaches rank 1 between two steps, rank 0 in the next."""
+
+    def signalled() -> None:
+        if (rank(), trainer.state.step) in ((1, 2), (0, 3)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make_trainer(folder / "interrupted", save_every=1)
+    save = trainer.save
+    trainer.save = lambda: (save(), signalled())
+    with suppress(KeyboardInterrupt):
+        trainer.fit()
+    return trainer.state.step
+
+
 def equal(folder: Path, shard: int) -> None:
     """Five steps of plain descent, clipped; all weights and averages to equal-SHARD.pt."""
     trainer = make_trainer(folder / f"equal-{shard}", shard=shard, optim=DESCENT, steps=5)
@@ -254,6 +270,7 @@ def together(folder: Path) -> None:
             "resume": resume(folder),
             "clip": clip(folder),
             "poison": poison(folder),
+            "interrupt": interrupt(folder),
         }
         save_both_ways(folder, 2)
         (folder / f"rank{rank()}.json").write_text(json.dumps(results))

@@ -172,6 +172,12 @@ def test_nan_on_one_rank_stops_all_before_the_step_and_names_it(ended: Ended):
 
 
 @pytest.mark.dist
+def test_signal_that_reaches_the_ranks_at_different_times_stops_them_at_the_same_step(ended: Ended):
+    # the first rank's counts, after the next step
+    assert [rank["interrupt"] for rank in ended.ranks] == [4, 4]
+
+
+@pytest.mark.dist
 def test_error_on_one_rank_ends_the_run_with_its_words_alone(ended: Ended):
     assert ended.errors.startswith("[rank 1] shard 7 is torn\n")
     # the rest is torchrun's
