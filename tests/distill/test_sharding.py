@@ -1,4 +1,4 @@
-"""Two processes against one, and runs that are killed; ranks.py is what they run."""
+"""Two processes against one, and runs that are killed; ranks.py and restarts.py are what they run."""
 
 import json
 import os
@@ -28,6 +28,7 @@ from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import WanModel
 
 ROOT = Path(__file__).resolve().parents[2]
+RESTARTS = ("-m", "tests.distill.restarts")
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,15 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def torchrun(case: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", *options)
-    return start(*launcher, "-m", "tests.distill.ranks", case, str(folder))
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    return start("-m", "torch.distributed.run", "--standalone", *command)
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Started once: importing takes longer than all that is done."""
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun("together", folder, "--nproc-per-node=2")
+    done = torchrun("--nproc-per-node=2", "-m", "tests.distill.ranks", str(folder))
     files = [folder / f"rank{i}.json" for i in range(2)]
     assert all(file.exists() for file in files), done.stdout + done.stderr
     seconds = time.time() - max(file.stat().st_mtime for file in files)
@@ -107,7 +107,7 @@ def test_checkpoint_of_two_shards_resumes_on_one_process_and_then_on_four(ended:
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     alone.update()
     alone.save()
-    done = torchrun("resharded", ended.folder, "--nproc-per-node=4")
+    done = torchrun("--nproc-per-node=4", *RESTARTS, "resharded", str(ended.folder))
     assert done.returncode == 0, done.stderr
     ours, theirs = torch.load(ended.folder / "four.pt"), everything(alone)
     assert ours.keys() == theirs.keys()
@@ -192,7 +192,7 @@ def test_error_on_one_rank_ends_the_run_with_its_words_alone(ended: Ended):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path):
-    done = start("-m", "tests.distill.ranks", "killed", str(tmp_path))
+    done = start(*RESTARTS, "killed", str(tmp_path))
     assert done.returncode == 0, done.stderr
     resumed = json.loads((tmp_path / "kills.json").read_text())
     # killed on the way each time, and never left without a checkpoint
@@ -209,7 +209,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path):
 
 @pytest.mark.dist
 def test_run_with_a_killed_rank_is_started_again_and_ends_as_an_uninterrupted_one(tmp_path: Path):
-    done = torchrun("restarted", tmp_path, "--nproc-per-node=2", "--max-restarts=1")
+    done = torchrun("--nproc-per-node=2", "--max-restarts=1", *RESTARTS, "restarted", str(tmp_path))
     assert done.returncode == 0, done.stderr
     # killed at step 5, maybe before the checkpoint of step 4 was in its place
     assert (tmp_path / "from").read_text() in ("2", "4")
