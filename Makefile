@@ -8,8 +8,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python infer.py
 
+# two processes with a thread each: nearly all tests are too small to use more
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

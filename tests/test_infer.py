@@ -383,5 +383,5 @@ def test_weights_are_missed_before_anything_is_generated(
     (tmp_path / "p.txt").write_text("a cat\n")
     outcome = run("evaluation=custom", "prompt=null", f"prompt_file={tmp_path / 'p.txt'}")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
-    assert "Weights are missing" in outcome.err
+    assert "get weights into one of" in outcome.err
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.shard_files import Keyed, Sample
 from tools.options import MISSING, parse
 from tools.video_clips import list_videos, read_clip
-from turbodiffusion.checkpoints import load_image_encoder, load_vae
+from turbodiffusion.checkpoints import load_image_encoder, load_vae, locate
 from turbodiffusion.checkpoints.metadata import empty_module
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines import options as inference
@@ -71,6 +71,8 @@ def read(words: list[str]) -> Options:
     defaults = {field.name: cfg[field.name] for field in fields(inference.Options)}
     # shards hold the texts: those of a whole set would only fill the user's cache
     options = parse(Options(**{**defaults, "text_cache": "none"}), words)
+    if options.ckpt is None and options.ckpt_low is None:  # a teacher, where infer.py takes its student
+        options.ckpt = str(locate("network", "wan_tiny", Path.cwd()))
     given = {word.partition("=")[0] for word in words}
     if foreign := given - ALWAYS - READS[options.mode]:
         raise UserError(f"{min(foreign)}= means nothing to mode={options.mode.name}: leave it away")

@@ -17,6 +17,7 @@ _CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 # (kind, name) -> who publishes it, and its file or folder names: as published, ours, and diffusers'
 _PUBLISHED = {
     ("network", "turbo_tiny"): (_OURS, "turbo_tiny.safetensors"),
+    ("network", "wan_tiny"): (_OURS, "wan_tiny.safetensors"),
     ("vae", "tiny"): (_OURS, "vae_tiny.safetensors"),
     ("vae", "wan2.1"): (_T2V, "Wan2.1_VAE.pth", "wan2.1_vae.safetensors", "vae"),
     ("vae", "wan2.2"): (_TI2V, "Wan2.2_VAE.pth", "wan2.2_vae.safetensors", "vae"),
