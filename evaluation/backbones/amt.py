@@ -4,6 +4,7 @@ Flows lead from the middle to both frames: (B, 4, H, W), the first frame's first
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class Context(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for i, (channels, out) in enumerate(zip((3, *_WIDTHS), _WIDTHS, strict=False), 1):
+        for i, (channels, out) in enumerate(pairwise((3, *_WIDTHS)), 1):
             self.add_module(f"pyramid{i}", nn.Sequential(_conv(channels, out, 2), _conv(out, out)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
