@@ -103,3 +103,15 @@ def test_what_can_not_be_timed_is_refused(
 def test_what_is_off_is_no_factor() -> None:
     ways = generation.ways(generation.Options(attention="dense", quant="none"))
     assert [way.label for way in ways] == ["dense", "fused norms"]
+
+
+def test_kernels_of_the_loop_and_of_decoding_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tiny = ["variant=wan_tiny", "device=cpu", "size=32x32", "frames=5", "attention=dense", "quant=none"]
+    monkeypatch.setattr(sys, "argv", ["profile", *tiny, "rows=50"])
+    importlib.import_module("tools.bench.profile").main()
+    loop, decoding = capsys.readouterr().out.split("decode: ")
+    assert "denoise: " in loop
+    assert "scaled_dot_product" in loop
+    assert "convolution" in decoding

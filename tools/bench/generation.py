@@ -166,8 +166,8 @@ def compare(models: Models, row: Variant, options: Options, result: Measured) ->
                     result.dense["blocks compiled"] = time()
 
 
-def generate(models: Models, row: Variant, options: Options, result: Measured) -> None:
-    """Text to file: a first clip, which compiles and chooses, then medians of the repeats."""
+def build(models: Models, row: Variant, options: Options) -> Pipeline:
+    """What makes videos as the options say."""
     device, offload = torch.device(options.device), check_offload(options.offload)
     if offload != "none":
         for model in filter(None, vars(models).values()):
@@ -175,7 +175,12 @@ def generate(models: Models, row: Variant, options: Options, result: Measured) -
     sampling = row.sampling if options.guided else row.sampling.as_student(SIGMA_MAX)
     sampling = replace(sampling, steps=options.steps)
     graph = check_graph(options.graph, device, offload)
-    pipeline = Pipeline(models, sampling, device=device, offload=offload, graph=graph)
+    return Pipeline(models, sampling, device=device, offload=offload, graph=graph)
+
+
+def generate(models: Models, row: Variant, options: Options, result: Measured) -> None:
+    """Text to file: a first clip, which compiles and chooses, then medians of the repeats."""
+    pipeline, device = build(models, row, options), torch.device(options.device)
     size = Size(*map(int, options.size.split("x")))
     # texts are new to whatever remembers them
     clips = [
