@@ -20,16 +20,15 @@ import string
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
 
 from tools.jobs import Job, Queue
-from tools.options import MISSING, parse
+from tools.options import MISSING, run
 from turbodiffusion.checkpoints.files import appearing
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.variants import CONFIGS
 
@@ -191,24 +190,23 @@ def gather(folder: Path, doc: Path) -> None:
         part.write_text("\n\n".join(parts) + "\n")
 
 
-def main() -> None:
+def ablate(options: Options) -> str:
     """Plan, run, write."""
-    with one_sentence():
-        options, console = parse(Options, sys.argv[1:]), Console()
-        plan = read(options)
-        failed = Queue(plan.folder / "logs", options.gpus, options.each).run(plan.jobs(options))
-        if failed:
-            raise UserError(
-                f"{len(failed)} jobs failed; the same command tries them again: {'; '.join(failed)}"
-            )
-        console.print(f"{report(plan, options)} is written", soft_wrap=True)
-        if options.doc is not None:
-            gather(plan.folder, Path(options.doc).expanduser())
+    plan = read(options)
+    failed = Queue(plan.folder / "logs", options.gpus, options.each).run(plan.jobs(options))
+    if failed:
+        raise UserError(f"{len(failed)} jobs failed; the same command tries them again: {'; '.join(failed)}")
+    page = report(plan, options)
+    if options.doc is not None:
+        gather(plan.folder, Path(options.doc).expanduser())
+    return f"{page} is written"
 
 
 def _job(name: str, words: tuple[str, ...], needs: set[str]) -> Job:
     return Job(name, (sys.executable, *words), frozenset(needs))
 
+
+main = partial(run, Options, ablate)
 
 if __name__ == "__main__":
     main()

@@ -8,10 +8,10 @@ dst without a suffix is a folder, written in shards.  Without dtype= numbers sta
 bfloat16.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from tools.options import MISSING, parse
+from tools.options import MISSING, run
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.detect import open_checkpoint
 from turbodiffusion.checkpoints.export import check_destination, prepare, write
 from turbodiffusion.checkpoints.metadata import KINDS, Metadata, Report
 from turbodiffusion.checkpoints.sources import Entries, Entry
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 Format = Enum("Format", ["ours", "wan", "diffusers", "turbodiffusion"])
@@ -96,11 +95,7 @@ def _counted(entry: Entry, tick: Callable[[], None]) -> Entry:
     return replace(entry, load=load)
 
 
-def main() -> None:
-    """Entry point."""
-    with one_sentence():
-        print(convert(parse(Options, sys.argv[1:])))
-
+main = partial(run, Options, convert)
 
 if __name__ == "__main__":
     main()

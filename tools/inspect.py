@@ -1,17 +1,16 @@
 """Say what a checkpoint is and why: python -m tools.inspect ckpt=FILE_OR_FOLDER [variant=NAME] [kind=vae]."""
 
 import json
-import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
 from tools.convert import Kind
-from tools.options import MISSING, parse
+from tools.options import MISSING, run
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints import Report, detect
-from turbodiffusion.cli import one_sentence
 
 
 @dataclass
@@ -23,16 +22,18 @@ class Options:
     kind: Kind = Kind.network
 
 
-def show(report: Report, console: Console) -> None:
-    """Print the report: what, tensors by type, and why."""
+def show(options: Options) -> None:
+    """Print what there is: what, tensors by type, and why."""
+    report = detect(options.ckpt, kind=options.kind.name, variant=options.variant)
     what = Table("", "", title=str(report.path), show_header=False)
     for name, value in _summary(report).items():
         what.add_row(name, value)
     types = Table("dtype", "tensors", "GB", title="as stored")
     for dtype, (count, size) in sorted(report.dtypes.items(), key=lambda row: -row[1][1]):
         types.add_row(str(dtype).removeprefix("torch."), str(count), f"{size / 1e9:.3f}")
-    for table in (what, types):
-        console.print(table)
+    console = Console()
+    console.print(what)
+    console.print(types)
     console.print("why:")
     for reason in report.reasons:
         console.print(f"- {reason}", markup=False, highlight=False)
@@ -74,12 +75,7 @@ def _quantised(report: Report) -> str:
     return line + (f"; not {', '.join(kept)}" if kept else "")
 
 
-def main() -> None:
-    """Entry point."""
-    with one_sentence():
-        options = parse(Options, sys.argv[1:])
-        show(detect(options.ckpt, kind=options.kind.name, variant=options.variant), Console())
-
+main = partial(run, Options, show)
 
 if __name__ == "__main__":
     main()

@@ -13,22 +13,21 @@ attention, the new model has it too, with every projection.
 
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tools.convert import write_shown
-from tools.options import MISSING, parse
+from tools.options import MISSING, run
 from turbodiffusion.attention import DENSE
 from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.export import check_destination, prepare
 from turbodiffusion.checkpoints.metadata import Report
 from turbodiffusion.checkpoints.sources import Entry
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.schedule import STUDENT, choose_sampler
 from turbodiffusion.variants import variant as named_variant
@@ -119,11 +118,7 @@ def _described(base: Report, diff_base: Report, diff_target: Report) -> Report:
     return replace(base, config=config, sampling=sampling)
 
 
-def main() -> None:
-    """Entry point."""
-    with one_sentence():
-        print(merge(parse(Options, sys.argv[1:])))
-
+main = partial(run, Options, merge)
 
 if __name__ == "__main__":
     main()

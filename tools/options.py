@@ -1,5 +1,7 @@
 """The key=value grammar of the tools: a dataclass says what may be given."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import TypeVar
@@ -7,6 +9,7 @@ from typing import TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 Options = TypeVar("Options")
@@ -42,4 +45,11 @@ def parse(kind: type[Options] | Options, arguments: list[str]) -> Options:
     return OmegaConf.to_object(config)
 
 
-__all__ = ["MISSING", "parse"]
+def run(kind: type[Options], task: Callable[[Options], str | None]) -> None:
+    """What a tool's `main` does: the task, with the command line's options, and print what it says."""
+    with one_sentence():
+        if said := task(parse(kind, sys.argv[1:])):
+            print(said)
+
+
+__all__ = ["MISSING", "parse", "run"]

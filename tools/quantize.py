@@ -16,11 +16,11 @@ a time, but gptq=true holds what it rounds by and makes; a .pth needs one copy.
 """
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from tools.calibration import Comparison
 from tools.convert import unsaid, write_shown
-from tools.options import MISSING, parse
+from tools.options import MISSING, run
 from tools.rounding import once
 from turbodiffusion.checkpoints.detect import Checkpoint, open_kind
 from turbodiffusion.checkpoints.export import prepare
@@ -39,7 +39,6 @@ from turbodiffusion.checkpoints.keys import take_number
 from turbodiffusion.checkpoints.quantised import FP8, INT8, TILES, EightBits
 from turbodiffusion.checkpoints.smoothing import Smoothing
 from turbodiffusion.checkpoints.sources import Entries
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 Format = Enum("Format", ["int8", "fp8", "turbodiffusion"])
@@ -71,9 +70,9 @@ class Options:
     overwrite: bool = False
 
 
-def quantize(options: Options, console: Console) -> None:
+def quantize(options: Options) -> None:
     """Do it, printing the layers' decibels, what was written and how far its latents are off."""
-    scheme, format, suffix = WRITTEN[options.format]
+    (scheme, format, suffix), console = WRITTEN[options.format], Console()
     dst = check(options)
     checkpoint = open_kind(options.src, "network", variant=options.variant, ema=options.ema)
     report = checkpoint.report
@@ -179,11 +178,7 @@ def _kind(layer: str) -> str:
     return take_number(layer)[0].removeprefix("blocks.{}.")
 
 
-def main() -> None:
-    """Entry point."""
-    with one_sentence():
-        quantize(parse(Options, sys.argv[1:]), Console())
-
+main = partial(run, Options, quantize)
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.select_sprites import select
+from tools.select_sprites import Options, select
 from turbodiffusion.errors import UserError
 from turbodiffusion.small_world.split import HELD_OUT, SEEN
 from turbodiffusion.small_world.sprites import SPRITES, Sprites, load_sprites, subject_names
@@ -53,7 +53,7 @@ def test_selecting_again_gives_the_same_files(tmp_path: Path) -> None:
         shutil.copyfile(SPRITES / entry["file"], source / entry["file"])
     (source / "index.json").write_text(json.dumps(index))
     shutil.copyfile(SPRITES / "LICENSE", source / "LICENSE")
-    select(source, tmp_path / "selected")
+    select(Options(str(source), str(tmp_path / "selected")))
     for path in (tmp_path / "selected").iterdir():
         assert path.read_bytes() == (SPRITES / path.name).read_bytes()
     assert subject_names(tmp_path / "selected") == subject_names()
@@ -67,7 +67,7 @@ def test_missing_and_broken_sprites_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"octopus.webp is no sprite of 24 frames"):
         load_sprites(tmp_path)
     with pytest.raises(UserError, match=r"holds no index.json"):
-        select(tmp_path / "nowhere", tmp_path / "selected")
+        select(Options(str(tmp_path / "nowhere"), str(tmp_path / "selected")))
 
 
 def test_the_folder_stays_small_and_carries_its_licence() -> None:
