@@ -1,12 +1,15 @@
 """Mixed precision without autocast: a module computes in low precision, fp32 masters of its weights train."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distill.replicas import rank
 from distill.sharding import local, whole
+
+AT_ONCE = 32  # gradients, about those of a block: more take memory, fewer time
 
 
 def lower(module: nn.Module, dtype: torch.dtype, keep_fp32: Callable[[str], bool]) -> nn.Module:
@@ -44,18 +47,17 @@ class Masters:
         self.weights = {name: _master(weight) for name, weight in trained.items()}
         pairs = zip(trained.values(), self.weights.values(), strict=True)
         self.rounded = [(weight, master) for weight, master in pairs if weight is not master]
+        for weight, master in self.rounded:
+            weight.register_post_accumulate_grad_hook(partial(_add, master=master))
 
-    @torch.no_grad()
     def collect(self) -> None:
-        """Move gradients to the masters, where those of several backwards add up in fp32."""
-        pairs = [(weight, master) for weight, master in self.rounded if weight.grad is not None]
-        if not pairs:
-            return
-        grads = [torch.empty_like(master) for _, master in pairs]
-        torch._foreach_copy_([local(grad) for grad in grads], [local(weight.grad) for weight, _ in pairs])
-        for (weight, master), grad in zip(pairs, grads, strict=True):
-            weight.grad = None
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+        """Move gradients to the masters, where those of several backwards add up in fp32.
+
+        A step's first ones wait for this in bf16: activations lie beside them until the backward ends.  Later
+        ones have a place in fp32, and went there as soon as they were made.
+        """
+        for start in range(0, len(self.rounded), AT_ONCE):
+            _move(self.rounded[start : start + AT_ONCE])
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -71,3 +73,21 @@ class Masters:
 
 def _master(weight: nn.Parameter) -> nn.Parameter:
     return weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+
+
+def _add(weight: Tensor, *, master: Tensor) -> None:
+    if master.grad is not None:
+        _move([(weight, master)])
+
+
+@torch.no_grad()
+def _move(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Add gradients of weights, where they have any, to those of their masters."""
+    pairs = [(weight, master) for weight, master in pairs if weight.grad is not None]
+    if not pairs:
+        return
+    grads = [torch.empty_like(master) for _, master in pairs]
+    torch._foreach_copy_([local(grad) for grad in grads], [local(weight.grad) for weight, _ in pairs])
+    for (weight, master), grad in zip(pairs, grads, strict=True):
+        weight.grad = None
+        master.grad = grad if master.grad is None else master.grad.add_(grad)

@@ -158,7 +158,7 @@ class Estimate:
 
     @cached_property
     def memory(self) -> dict[str, float]:
-        """Bytes by kind at the peak: a backward's start or end, the gathering of gradients, or their mean."""
+        """Bytes by kind at the peak: a backward's start or end, all gradients in fp32, or their mean."""
         run, shard, layers = self.run, self.setting.shard, self.run.sizes["layers"]
         root = run.roles["teacher"].parameters - layers * run.unit
         # weights of this block and the next, its gradients in bf16 and in fp32, and the rest of the network
@@ -167,13 +167,12 @@ class Estimate:
         stages = []
         for turn in run.turns:
             trained = run.roles[turn.role].trained / shard
+            # distill.precision.Masters.collect: a step's first are in bf16 until their backward ends
             earlier = 4 * trained if turn.losses * run.accumulate > 1 else 0
             copied = 4 * trained if shard == 1 and self.cards > 1 else 0
             stages += [
                 {"gradients": earlier, "activations": kept + block, "gathered": gathered},
-                {"gradients": earlier + 2 * trained, "activations": block, "gathered": gathered},
-                # distill.precision.Masters.collect: those in bf16, all of them in fp32, and what they add to
-                {"gradients": earlier + 6 * trained, "activations": 0, "gathered": 0},
+                {"gradients": 2 * trained, "activations": block, "gathered": gathered},
                 {"gradients": 4 * trained + copied, "activations": 0, "gathered": 0},
             ]
         states = sum(sum(role.state().values()) for role in run.roles.values()) / shard
