@@ -6,7 +6,7 @@ Tensors are stored by torch.distributed.checkpoint, every rank its shards: a run
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,7 +124,7 @@ def saved_runs(folder: Path) -> list[Path]:
 def resume_run(folder: Path, state: TrainState, networks: Networks) -> bool:
     """Put the newest checkpoint into state and networks, in place; False if there is none.
 
-    Raises UserError when it does not fit the networks that are to be trained.
+    Raises UserError when it does not fit the networks that are to be trained, or what trains them.
     """
     found = saved_runs(folder)
     if not found:
@@ -137,6 +137,7 @@ def resume_run(folder: Path, state: TrainState, networks: Networks) -> bool:
         moved = [p for name, p in networks[role].items() if _moment(role, name) in with_moments]
         _make_moments(optimizer, moved)
     tensors = weights | _moments(state, networks)
+    _check_moments(stored.keys(), tensors.keys(), found[-1])
     with _plainly():
         dcp.load(tensors, checkpoint_id=found[-1])
     counters = json.loads((found[-1] / "counters.json").read_text())
@@ -188,6 +189,18 @@ def _make_moments(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _check_moments(stored: Set[str], wanted: Set[str], path: Path) -> None:
+    if not wanted <= stored:
+        theirs, ours = (
+            ", ".join(sorted({name.rpartition("/")[2] for name in names}))
+            for names in (stored - wanted, wanted - stored)
+        )
+        raise UserError(
+            f"{path} was made with another optimiser: of some weights it holds {theirs}, and this run wants "
+            f"{ours}; set matrices= of optims to what it was, or give the run another name="
+        )
 
 
 def _check(stored: dict[str, torch.Size], weights: dict[str, Tensor], path: Path) -> None:

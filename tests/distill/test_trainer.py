@@ -93,6 +93,19 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("muon", "adamw", "holds momentum, and this run wants exp_avg, exp_avg_sq, step;"),
+        ("adamw", "muon", "holds exp_avg, exp_avg_sq, step, and this run wants momentum;"),
+    ],
+)
+def test_another_optimiser_can_not_go_on(before: str, after: str, sentence: str, toy: Make):
+    toy(matrices=before).fit()
+    with pytest.raises(UserError, match=f"step-0000012 was made with another optimiser: .* {sentence}"):
+        toy(matrices=after)
+
+
 def _die() -> None:
     raise RuntimeError("killed")
 
