@@ -10,8 +10,9 @@ them, from text to file, on the same network.  attention=dense|sla|sla_int8, qua
 graph=auto|true|false say what is turned on; guided=true denoises as the original does; compare=false leaves
 out all but the generations.  cap: GiB that generations may take of the card.  dst: a table in JSON and a
 plot, .json and .png, are written there.
-`python -m tools.bench.profile` lists the kernels of a generation.  kernels=true runs the benchmarks of single kernels, each beside its floor, with the options they have alone:
-norms, int8_linear, int8_block, sla, flash_jvp and vae, of which `python -m tools.bench.NAME` runs one.
+kernels=true runs the benchmarks of single kernels, each beside its floor, with the options they have alone:
+norms, int8_linear, int8_block, sla, flash_jvp and vae, of which `python -m tools.bench.NAME` runs one; and
+`python -m tools.bench.profile` lists the kernels of a generation.
 """
 
 import importlib
