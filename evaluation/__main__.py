@@ -17,21 +17,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 
+from evaluation.command import run
 from evaluation.export import RESULTS, UPSTREAM, upstream
 from evaluation.metrics import Upstream, VideoMetric, make_metrics
 from evaluation.prompts import Suite, read_prompts
 from evaluation.records import Record, line_of
 from evaluation.report import markdown, summarise
 from evaluation.report_page import page, read_run
-from evaluation.runner import collect, plan, ranks, score_all, wait_for_all
+from evaluation.runner import collect, plan, score_all, wait_for_all
 from evaluation.videos import Found, find_videos
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
+from turbodiffusion.parallel import own_device, started
 from turbodiffusion.pipelines.record import environment
 
 
@@ -49,11 +50,11 @@ class Options:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def evaluate(options: Options, console: Console) -> None:
+def evaluate(options: Options) -> None:
     """Score, write and show; everything that can be refused is, before the first video is read."""
     weights = None if options.weights is None else Path(options.weights).expanduser()
     folder, out = Path(options.videos).expanduser(), Path(options.out).expanduser()
-    rank, world, local = ranks()
+    rank, world = started()
     bridge = None if options.upstream is None else Upstream(options.upstream, out / f"upstream-{rank}")
     metrics = make_metrics(options.dims, weights, bridge)
     suite = None if options.prompts is None else read_prompts(Path(options.prompts).expanduser())
@@ -62,15 +63,14 @@ def evaluate(options: Options, console: Console) -> None:
         raise UserError(f"{' and '.join(paired)}: give the folder of videos to compare with as reference=DIR")
     found = find_videos(folder, suite, reference)
     tasks = plan(found.videos, metrics)
-    device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
-    score_all(tasks, out, device, rank=rank, world=world)
+    score_all(tasks, out, own_device(torch.device(options.device)), rank=rank, world=world)
     wait_for_all(world)
     if rank == 0:
         records = collect(tasks, out)
         made = {"options": asdict(options), "videos": str(folder.absolute()), "environment": environment()}
         write_json(out / "run.json", made)
         results = write(out, metrics, records, found, suite)
-        console.print(markdown(results, out.name), markup=False, soft_wrap=True)
+        Console().print(markdown(results, out.name), markup=False, soft_wrap=True)
         if lost := {failure["video"] for failure in results["failures"]}:
             raise UserError(
                 f"{len(lost)} of {len(found.videos)} videos could not be scored: see {out}/report.md"
@@ -96,12 +96,5 @@ def write(
     return results
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        evaluate(OmegaConf.to_object(options), Console())
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, evaluate)

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from evaluation.command import run
 from evaluation.metrics.attention import AttentionFidelity
 from evaluation.small_world import Setting, load_models
 from turbodiffusion.attention import sparsity, spoken
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.pipelines.generate import Clip, Pipeline
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.pipelines.watch import Watch
@@ -101,12 +101,5 @@ def table(metric: AttentionFidelity, title: str) -> Table:
     return shown
 
 
-def main() -> None:
-    """Read key=value options from the command line and print the table."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        Console(width=120).print(table(*measure(OmegaConf.to_object(options))))
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, lambda options: Console(width=120).print(table(*measure(options))))

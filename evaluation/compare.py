@@ -12,17 +12,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.command import heading, line, run
 from evaluation.export import read_upstream
 from evaluation.records import Record, read_records
 from evaluation.report_page import page, read_run, table
 from evaluation.vbench import GROUPS
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 HEADINGS = ("run", "score", "first run", "this run", "difference", "95 %", "prompts", "videos")
@@ -93,7 +92,7 @@ def cells(each: Difference) -> list[str]:
     return [each.run, each.score, *numbers, str(each.prompts), str(each.videos)]
 
 
-def report(options: Options, console: Console) -> None:
+def report(options: Options) -> None:
     """Print and, if wanted, write the table."""
     if len(options.runs) < 2:
         raise UserError(f"runs=[first,other,...] compares two runs or more, got {len(options.runs)}")
@@ -102,12 +101,8 @@ def report(options: Options, console: Console) -> None:
     first, *others = [(path.name if short else str(path), scored(path)) for path in paths]
     differences = [each for name, records in others for each in compare(first[1], records, name)]
     rows = [cells(each) for each in differences]
-    made = [
-        f"| {' | '.join(HEADINGS)} |",
-        "|---|---|" + "---:|" * 6,
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-    console.print("\n".join(made), markup=False, soft_wrap=True)
+    made = [*heading(HEADINGS, texts=2), *map(line, rows)]
+    Console().print("\n".join(made), markup=False, soft_wrap=True)
     if options.out is not None:
         folder = Path(options.out).expanduser()
         runs = [
@@ -122,12 +117,5 @@ def report(options: Options, console: Console) -> None:
                 part.write_text(text, encoding="utf-8")
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        report(OmegaConf.to_object(options), Console())
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, report)

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
+from evaluation.command import run
 from evaluation.prompts import parse_name
 from evaluation.records import Record, Score
 from evaluation.vbench import DIMENSIONS, T2V
 from turbodiffusion.checkpoints.files import appearing
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 RESULTS, UPSTREAM = "results.json", "eval_results.json"
@@ -71,17 +71,19 @@ def _record(dimension: str, video: dict, scale: float) -> Record:
     return Record(path.name, dimension, path.name, parse_name(path.stem)[0], Score(value))
 
 
-def pack(runs: Iterable[Path], dst: Path) -> None:
+def pack(options: Options) -> None:
     """Write a submission of finished runs; UserError lists all that keeps them from being one."""
+    if not options.runs:
+        raise UserError("runs=[run,...] must name a finished run of python -m evaluation")
     content: dict[str, list] = {}
     wrong = []
-    for run in runs:
+    for folder in (Path(each).expanduser() for each in options.runs):
         try:
-            results = json.loads((run / RESULTS).read_text())
-            content |= json.loads((run / UPSTREAM).read_text())
+            results = json.loads((folder / RESULTS).read_text())
+            content |= json.loads((folder / UPSTREAM).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{run} is no finished run of python -m evaluation: {error}") from error
-        wrong += [f"{run}: {note}" for note in results["notes"]]
+            raise UserError(f"{folder} is no finished run of python -m evaluation: {error}") from error
+        wrong += [f"{folder}: {note}" for note in results["notes"]]
     wrong += [
         f"{name} is missing" for name in T2V.totals({name: each[0] for name, each in content.items()}).missing
     ]
@@ -91,19 +93,10 @@ def pack(runs: Iterable[Path], dst: Path) -> None:
             wrong.append(f"{name} has the value {outside[0]}")
     if wrong:
         raise UserError(f"this is no submission yet: {'; '.join(wrong)}")
+    dst = Path(options.dst).expanduser()
     with appearing(dst) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(UPSTREAM, json.dumps(content, indent=2, allow_nan=False))
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        options = OmegaConf.to_object(options)
-        if not options.runs:
-            raise UserError("runs=[run,...] must name a finished run of python -m evaluation")
-        pack([Path(run).expanduser() for run in options.runs], Path(options.dst).expanduser())
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, pack)

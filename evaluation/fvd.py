@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from evaluation.backbones.i3d import LEAST, for_i3d, load_i3d
 from evaluation.backbones.weights import find_weights
+from evaluation.command import run
 from evaluation.distribution import frechet_distance
 from evaluation.videos import find_videos, load
 from turbodiffusion.checkpoints.saving import write_json
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 FEW = 256  # videos: below, the number says little
@@ -64,17 +64,15 @@ def measure(options: Options) -> dict[str, object]:
     return {"fvd": distance, "counts": [*map(len, sets)], "options": asdict(options)}
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        result = measure(OmegaConf.to_object(options))
-        if options.out is not None:
-            write_json(Path(options.out).expanduser(), result)
-        few = f"; of fewer than {FEW} it says little" if min(result["counts"]) < FEW else ""
-        said = "FVD {:.2f}, {} videos to {}".format(result["fvd"], *result["counts"])
-        Console().print(said + few, highlight=False)
+def report(options: Options) -> None:
+    """Write and print it."""
+    result = measure(options)
+    if options.out is not None:
+        write_json(Path(options.out).expanduser(), result)
+    few = f"; of fewer than {FEW} it says little" if min(result["counts"]) < FEW else ""
+    said = "FVD {:.2f}, {} videos to {}".format(result["fvd"], *result["counts"])
+    Console().print(said + few, highlight=False)
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, report)

@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from evaluation.__main__ import Options as Scoring
 from evaluation.__main__ import evaluate
 from evaluation.metrics import DETECTED, METRICS, Upstream, make_metrics
 from evaluation.prompts import Suite, read_prompts
-from evaluation.runner import ranks, wait_for_all
+from evaluation.runner import wait_for_all
 from evaluation.vbench import I2V, T2V
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.errors import UserError
-from turbodiffusion.parallel import own_device
+from turbodiffusion.parallel import own_device, started
 from turbodiffusion.pipelines.command import generate
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.request import pick_device
@@ -51,7 +49,7 @@ def generate_and_score(options: Options) -> None:
         raise UserError(f"evaluation={kind}: choose {', '.join(DIMS)}.")
     if options.prompt is not None:
         raise UserError(f"evaluation={kind} takes prompt_file=, not prompt=.")
-    rank, world, _ = ranks()
+    rank, world = started()
     out, device = Path(options.out).expanduser(), own_device(pick_device(options.device))
     file = _prompt_file(options, out)
     suite = read_prompts(file)
@@ -71,7 +69,7 @@ def generate_and_score(options: Options) -> None:
     if not options.plan_only:
         wait_for_all(world)
         given = {"prompts": str(file), "upstream": options.upstream, "device": str(device)}
-        evaluate(Scoring(str(videos), dims, str(out), **given), Console())
+        evaluate(Scoring(str(videos), dims, str(out), **given))
 
 
 def _prompt_file(options: Options, out: Path) -> Path:

@@ -11,18 +11,16 @@ canvas's path is compared with the curves of all motions (`evaluation/motion.py`
 pixels of half size.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad
 
+from evaluation.command import run
 from evaluation.motion import classify
 from turbodiffusion.errors import UserError
 from turbodiffusion.small_world.clips import (
@@ -242,8 +240,8 @@ class Options:
     device: str = "cpu"
 
 
-def measure(options: Options) -> Table:
-    """The oracle's own accuracy on clips whose truth is known, and on clips that show nothing."""
+def report(options: Options) -> None:
+    """Print the oracle's own accuracy on clips whose truth is known, and on clips that show nothing."""
     sprites = load_sprites().to(options.device)
     oracle = Oracle(sprites)
     generator = torch.Generator().manual_seed(options.seed)
@@ -265,17 +263,8 @@ def measure(options: Options) -> Table:
             result = accuracy(readings, truth)
             shares = (result.subject, result.motion, result.background, result.all_three)
             table.add_row(split.replace("_", " "), kind, *(f"{100 * share:.1f} %" for share in shares))
-    return table
-
-
-def main() -> None:
-    """Read key=value options from the command line and print the table."""
-    try:
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        Console().print(measure(Options(**options)))
-    except (UserError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+    Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, report)

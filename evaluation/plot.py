@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
+from evaluation.command import run
 from evaluation.students import COLUMNS
 from turbodiffusion.checkpoints.files import appearing
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 
 AXES = {
@@ -91,12 +91,5 @@ def draw(options: Options) -> None:
         figure.savefig(part, format=Path(options.dst).suffix.removeprefix(".") or "png", dpi=120)
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        draw(OmegaConf.to_object(options))
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, draw)

@@ -1,7 +1,6 @@
 """Scores videos: each decoded once for all that is asked of it, on any number of processes, resumably."""
 
 import math
-import os
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,13 +81,6 @@ def collect(tasks: Sequence[Task], folder: Path) -> list[Record]:
     """The records of all tasks, in their order, whoever wrote them."""
     found = read_records(folder.glob(_LOG))
     return [found[key] for task in tasks for key in task.metrics]
-
-
-def ranks() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine, as torchrun sets them."""
-    return tuple(
-        int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
 
 
 def wait_for_all(world: int) -> None:

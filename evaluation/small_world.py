@@ -11,16 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from evaluation.command import run
 from evaluation.oracle import Oracle, Reading, accuracy
 from turbodiffusion.checkpoints import load_network, load_text_encoder, load_vae
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.pipelines.generate import Clip, Models, Pipeline
 from turbodiffusion.pipelines.schedule import choose_sampler
 from turbodiffusion.pipelines.sizes import Size
@@ -115,8 +114,8 @@ def contact_sheet(clips: Tensor, path: Path, columns: int = 9) -> None:
     Image.fromarray(pixels.permute(0, 3, 2, 4, 1).reshape(b * h, f * w, c).numpy()).save(path)
 
 
-def measure(options: Options) -> Table:
-    """Generate the clips and read them."""
+def report(options: Options) -> None:
+    """Generate the clips, read them, and print the table."""
     pipeline = load_pipeline(options)
     sprites = load_sprites().to(options.device)
     oracle, prompts = Oracle(sprites), held_out_prompts(options.count, options.split)
@@ -134,15 +133,8 @@ def measure(options: Options) -> Table:
     table.add_column("accuracy", justify="right")
     for name, value in asdict(accuracy(readings, wanted(prompts))).items():
         table.add_row(name.replace("_", " "), f"{100 * value:.1f} %")
-    return table
-
-
-def main() -> None:
-    """Read key=value options from the command line and print the table."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        Console(width=120).print(measure(OmegaConf.to_object(options)))
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    run(Options, report)

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 
 from evaluation.backbones.raft import Raft, load_raft
 from evaluation.backbones.weights import find_weights
+from evaluation.command import run
 from evaluation.metrics.motion import is_static
 from evaluation.prompts import SAMPLES, file_name
-from evaluation.runner import ranks
 from evaluation.videos import Video, find_videos, load
 from turbodiffusion.checkpoints.files import appearing
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
+from turbodiffusion.parallel import own_device, started
 
 
 @dataclass
@@ -36,15 +36,15 @@ class Options:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def keep(options: Options, console: Console) -> None:
+def keep(options: Options) -> None:
     """Copy what is static; say how many of each prompt were, where that is too few."""
     weights = None if options.weights is None else Path(options.weights).expanduser()
     file = find_weights({"the static filter": ["raft"]}, weights)["raft"]
     by_prompt: dict[str, list[Video]] = {}
     for video in find_videos(Path(options.videos).expanduser()).videos:
         by_prompt.setdefault(video.prompt.name, []).append(video)
-    rank, world, local = ranks()
-    device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
+    (rank, world), console = started(), Console()
+    device = own_device(torch.device(options.device))
     network, out = load_raft(file, device), Path(options.out).expanduser()
     for prompt in list(by_prompt)[rank::world]:
         kept = _keep(by_prompt[prompt], network, out, device, console)
@@ -73,12 +73,5 @@ def _keep(videos: list[Video], network: Raft, out: Path, device: torch.device, c
     return kept
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        keep(OmegaConf.to_object(options), Console())
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, keep)

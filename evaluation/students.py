@@ -25,11 +25,12 @@ from statistics import mean, median, stdev
 
 import torch
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from evaluation.command import heading, line, run
 from evaluation.distribution import COARSE, FINE, features, frechet_distance, spread
 from evaluation.oracle import Oracle, Reading, accuracy
 from evaluation.small_world import Setting, load_models, wanted
@@ -37,7 +38,6 @@ from turbodiffusion.attention import sparsity
 from turbodiffusion.checkpoints import LoadedNetwork, load_network
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import PATCH, WanModel
 from turbodiffusion.pipelines.generate import Clip, Encoded, Pipeline, Watch
@@ -110,7 +110,7 @@ class Row:
                 continue
             error = f" ± {factor * stdev(values):.{decimals}f}" if len(values) > 1 else ""
             cells.append(f"{factor * mean(values):.{decimals}f}{error}")
-        return f"| {' | '.join(cells)} |"
+        return line(cells)
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,10 @@ def measure(options: Options) -> Iterator[Row]:
             yield Row(name, steps, share, files, runs)
 
 
-def report(options: Options, console: Console) -> None:
+def report(options: Options) -> None:
     """Print and write the table, line by line."""
-    folder, rows = Path(options.dst).expanduser(), []
-    headings = ["model", "steps", "sparsity %", *(COLUMNS[each.name][0] for each in fields(Scores))]
-    lines = [f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
+    folder, rows, console = Path(options.dst).expanduser(), [], Console()
+    lines = heading(["model", "steps", "sparsity %", *(COLUMNS[each.name][0] for each in fields(Scores))])
     for row in measure(options):
         rows.append(asdict(row))
         lines.append(row.line())
@@ -267,12 +266,5 @@ def report(options: Options, console: Console) -> None:
             part.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    """Read key=value options from the command line."""
-    with one_sentence():
-        options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        report(OmegaConf.to_object(options), Console())
-
-
 if __name__ == "__main__":
-    main()
+    run(Options, report)

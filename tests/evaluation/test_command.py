@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import __main__ as command
+from evaluation.__main__ import Options, evaluate
+from evaluation.command import run
 from evaluation.vbench import T2V
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,15 +19,15 @@ WRITTEN = ("results.json", "records.jsonl", "report.md", "report.html", "eval_re
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(*words: str) -> int:
+    def called(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["evaluation", *words, "device=cpu"])
         try:
-            command.main()
+            run(Options, evaluate)
         except SystemExit as stopped:
             return int(stopped.code)
         return 0
 
-    return run
+    return called
 
 
 def test_a_folder_is_scored(folder: Path, tmp_path: Path, call: Callable[..., int]) -> None:

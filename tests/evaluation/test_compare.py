@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.compare import Options, compare, report
@@ -89,22 +88,21 @@ def test_only_what_both_scored_is_paired() -> None:
         compare(one, renamed)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i, name in enumerate("abc"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "records.jsonl").write_text(
             "".join(map(line_of, records(torch.full((3, 1), float(i)))))
         )
     runs = [str(tmp_path / name) for name in "abc"]
-    with Console(record=True, width=200) as console:
-        report(Options(runs=runs, out=str(tmp_path / "out")), console)
+    report(Options(runs=runs, out=str(tmp_path / "out")))
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [each["delta"] for each in written["differences"]] == [1.0, 2.0]
-    assert (tmp_path / "out" / "compare.md").read_text() == console.export_text()
+    assert (tmp_path / "out" / "compare.md").read_text() == capsys.readouterr().out
     with pytest.raises(UserError, match="two runs or more, got 1"):
-        report(Options(runs=runs[:1]), console)
+        report(Options(runs=runs[:1]))
     with pytest.raises(UserError, match=r"has no records\.jsonl"):
-        report(Options(runs=[*runs, str(tmp_path)]), console)
+        report(Options(runs=[*runs, str(tmp_path)]))
 
 
 def test_a_result_file_of_upstream_compares_like_a_run(tmp_path: Path) -> None:
@@ -114,10 +112,9 @@ def test_a_result_file_of_upstream_compares_like_a_run(tmp_path: Path) -> None:
         (tmp_path / name / "records.jsonl").write_text("".join(map(line_of, found)))
     content = upstream(theirs, {"imaging_quality": 0.5}, Path("/elsewhere"))
     (tmp_path / "results.json").write_text(json.dumps(content))
-    with Console(record=True, width=200) as console:
-        for other in ("theirs", "results.json"):
-            runs = [str(tmp_path / "ours"), str(tmp_path / other)]
-            report(Options(runs=runs, out=str(tmp_path / f"out_{other}")), console)
+    for other in ("theirs", "results.json"):
+        runs = [str(tmp_path / "ours"), str(tmp_path / other)]
+        report(Options(runs=runs, out=str(tmp_path / f"out_{other}")))
     one, two = (
         json.loads((tmp_path / f"out_{other}" / "compare.json").read_text())["differences"][0]
         for other in ("theirs", "results.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.export import pack, read_upstream, upstream
+from evaluation.export import Options, pack, read_upstream, upstream
 from evaluation.records import Record, Score
 from evaluation.vbench import DIMENSIONS, T2V
 from turbodiffusion.errors import UserError
@@ -52,7 +52,7 @@ def test_there_and_back(run: Path, tmp_path: Path) -> None:
     read = read_upstream(run / "eval_results.json")
     scored = {(each.dimension, each.video): (each.prompt, each.score.value) for each in read}
     assert scored == {(name, f"a cat-{i}.mp4"): ("a cat", i) for name in T2V.dimensions for i in range(2)}
-    pack([run], tmp_path / "s.zip")
+    pack(Options([str(run)], str(tmp_path / "s.zip")))
     assert read_upstream(tmp_path / "s.zip") == read
     # as the leaderboard's scorer does: every JSON in the zip, a dimension's first number
     with zipfile.ZipFile(tmp_path / "s.zip") as file:
@@ -96,7 +96,7 @@ def test_all_that_keeps_a_run_from_being_submitted_is_told(run: Path, tmp_path: 
     (run / "eval_results.json").write_text(json.dumps(content))
     (run / "results.json").write_text('{"notes": ["3 videos are missing"]}')
     with pytest.raises(UserError, match=r"3 videos are missing; scene is missing; color has the value 7\.0"):
-        pack([run], tmp_path / "s.zip")
+        pack(Options([str(run)], str(tmp_path / "s.zip")))
     assert not (tmp_path / "s.zip").exists()
     with pytest.raises(UserError, match="is no finished run"):
-        pack([tmp_path / "nothing"], tmp_path / "s.zip")
+        pack(Options([str(tmp_path / "nothing")], str(tmp_path / "s.zip")))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evaluation import students
+from evaluation.command import run
 from evaluation.oracle import Reading
 from evaluation.small_world import load_models
 from evaluation.students import Answers, Questions, Row, Scores, groups, load_students, score
@@ -33,7 +34,7 @@ TINY = (
 def call(*words: str) -> int:
     sys.argv[1:] = words
     try:
-        students.main()
+        run(students.Options, students.report)
     except SystemExit as stopped:
         return int(stopped.code)
     return 0
@@ -61,9 +62,9 @@ def test_a_copy_of_the_teacher_scores_as_the_teacher(
         "copy",
     ]
     assert len(copy["runs"]) == 2
-    for run in (*teacher["runs"], *few["runs"], *copy["runs"]):
-        assert (run["latent_mse"], run["diversity"], run["distance"]) == (0, 1, None)
-        assert run["background"] == teacher["runs"][0]["background"]
+    for scores in (*teacher["runs"], *few["runs"], *copy["runs"]):
+        assert (scores["latent_mse"], scores["diversity"], scores["distance"]) == (0, 1, None)
+        assert scores["background"] == teacher["runs"][0]["background"]
     assert other["runs"][0]["latent_mse"] > 0.01  # of latents of variance 1 or so
     assert other["runs"][0]["diversity"] != 1
     assert len(table.splitlines()) == 6

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from evaluation.__main__ import Options, evaluate
@@ -29,7 +28,7 @@ def test_all_that_is_missing_is_named_before_anything_is_read(tmp_path: Path) ->
     (tmp_path / "videos" / "a cat-0.mp4").touch()
     dims = ["imaging_quality", "temporal_style", "overall_consistency"]
     with pytest.raises(UserError) as caught:
-        evaluate(Options(str(tmp_path / "videos"), dims, str(tmp_path / "out")), Console(quiet=True))
+        evaluate(Options(str(tmp_path / "videos"), dims, str(tmp_path / "out")))
     start, musiq, viclip, vocabulary = re.split("=: |; ", str(caught.value))
     places = f"weights=DIR, {tmp_path}/ours, {tmp_path}/theirs"
     assert start == f"get weights into one of {places}, or leave out their dims"
@@ -101,7 +100,7 @@ def test_other_weights_are_scored_anew(
             # a file's time is part of what it is
             (tmp_path / "given" / "amt-s.pth").write_bytes(amt.read_bytes())
             os.utime(tmp_path / "given" / "amt-s.pth", ns=(times, times))
-        evaluate(options, Console(quiet=True))
+        evaluate(options)
         known.append(len((tmp_path / "out" / "scored-0.jsonl").read_text().splitlines()))
     assert known == [2, 2, 4]
     results = (tmp_path / "out" / "eval_results.json").read_text()

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation import __main__ as command
+from evaluation.__main__ import Options, evaluate
 from evaluation.backbones.weights import WEIGHTS
+from evaluation.command import run
 from evaluation.metrics.upstream import DETECTED
 from evaluation.vbench import T2V
 
@@ -165,15 +166,15 @@ def call(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     """Runs the command with other options on top -> exit code."""
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
 
-    def run(*others: str) -> int:
+    def called(*others: str) -> int:
         monkeypatch.setattr(sys, "argv", ["evaluation", *words, *others])
         try:
-            command.main()
+            run(Options, evaluate)
         except SystemExit as stopped:
             return int(stopped.code)
         return 0
 
-    return run
+    return called
 
 
 def written(tmp_path: Path, name: str) -> dict:
