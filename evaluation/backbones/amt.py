@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.backbones.correlation import LEVELS, grid, look_up, pyramid, sampled
-from evaluation.backbones.weights import filled, read_state
+from evaluation.backbones.correlation import LEVELS, Encoder, grid, look_up, pyramid, sampled
+from evaluation.backbones.weights import filled, named, read_state
 
 STEP = 16  # sides are multiples of it
 _WIDTHS = (20, 32, 44, 56)  # of the context, from half to a 16th of the size
@@ -36,21 +36,6 @@ class Bottleneck(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             y = F.instance_norm(conv(y)).relu()
         return (y + self.downsample(x)).relu()
-
-
-class FeatureEncoder(nn.Module):
-    """Frames (B, 3, H, W) -> (B, 84, H / 8, W / 8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 32, 7, 2, 3), nn.Conv2d(96, 84, 1)
-        self.layer1 = nn.Sequential(Bottleneck(32, 32, 1), Bottleneck(32, 32, 1))
-        self.layer2 = nn.Sequential(Bottleneck(32, 64, 2), Bottleneck(64, 64, 1))
-        self.layer3 = nn.Sequential(Bottleneck(64, 96, 2), Bottleneck(96, 96, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.instance_norm(self.conv1(x)).relu()
-        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
 
 
 class Context(nn.Module):
@@ -85,16 +70,10 @@ class SideBlock(nn.Module):
         return self.prelu(x + self.conv5(y))
 
 
-class Decoder(nn.Module):
+def _decoder(channels: int, width: int, out: int) -> nn.Sequential:
     """(B, channels, H, W) -> (B, out, 2 H, 2 W)."""
-
-    def __init__(self, channels: int, width: int, out: int):
-        super().__init__()
-        enlarge = nn.ConvTranspose2d(width, out, 4, 2, 1)
-        self.convblock = nn.Sequential(_conv(channels, width), SideBlock(width), enlarge)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convblock(x)
+    enlarge = nn.ConvTranspose2d(width, out, 4, 2, 1)
+    return named(convblock=nn.Sequential(_conv(channels, width), SideBlock(width), enlarge))
 
 
 class Update(nn.Module):
@@ -127,12 +106,13 @@ class Amt(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.feat_encoder, self.encoder = FeatureEncoder(), Context()
+        self.feat_encoder = Encoder(Bottleneck, nn.InstanceNorm2d, widths=(32, 64, 96), out=84)
+        self.encoder = Context()
         a, b, c, d = _WIDTHS
-        self.decoder4 = Decoder(2 * d + 1, 2 * d, 4 + c)
-        self.decoder3, self.update4 = Decoder(3 * c + 4, 3 * c, 4 + b), Update(c, 1)
-        self.decoder2, self.update3 = Decoder(3 * b + 4, 3 * b, 4 + a), Update(b, 2)
-        self.decoder1, self.update2 = Decoder(3 * a + 4, 3 * a, 8 * _GUESSES), Update(a, 4)
+        self.decoder4 = _decoder(2 * d + 1, 2 * d, 4 + c)
+        self.decoder3, self.update4 = _decoder(3 * c + 4, 3 * c, 4 + b), Update(c, 1)
+        self.decoder2, self.update3 = _decoder(3 * b + 4, 3 * b, 4 + a), Update(b, 2)
+        self.decoder1, self.update2 = _decoder(3 * a + 4, 3 * a, 8 * _GUESSES), Update(a, 4)
         last = nn.Conv2d(6 * _GUESSES, 3, 3, padding=1)
         self.comb_block = nn.Sequential(*_conv(3 * _GUESSES, 6 * _GUESSES), last)
 

@@ -6,7 +6,6 @@ ViCLIP is fp32.  Shapes: B images, F frames, L tokens, E width.
 
 import gzip
 import html
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import islice
@@ -20,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
-from evaluation.backbones.weights import Net, below, filled, read_state
+from evaluation.backbones.weights import Net, below, filled, named, read_state
 from turbodiffusion.checkpoints.sources import State
 from turbodiffusion.errors import UserError
 
@@ -45,7 +44,7 @@ class Block(nn.Module):
         self.attn = nn.MultiheadAttention(width, width // _HEAD, batch_first=True)
         self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
         wide, back = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=wide, gelu=QuickGELUActivation(), c_proj=back))
+        self.mlp = named(c_fc=wide, gelu=QuickGELUActivation(), c_proj=back)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)

@@ -1,14 +1,39 @@
-"""How alike every place of one feature map is to every place of another, near where it is looked for.
+"""Features of frames, and how alike every place of one is to places of another, near where it is looked for.
 
 Shapes: B pairs, C channels, h w places, r radius.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 LEVELS = 4
 LEAST = 128  # pixels, at an eighth of which the finest level is: below, the coarsest is one wide
+
+
+class Encoder(nn.Module):
+    """Frames (B, 3, H, W) -> (B, out, H / 8, W / 8); block: of channels, out and stride."""
+
+    def __init__(
+        self,
+        block: Callable[[int, int, int], nn.Module],
+        norm: Callable[[int], nn.Module],
+        *,
+        widths: tuple[int, int, int],
+        out: int,
+    ):
+        super().__init__()
+        a, b, c = widths
+        self.conv1, self.norm1, self.conv2 = nn.Conv2d(3, a, 7, 2, 3), norm(a), nn.Conv2d(c, out, 1)
+        self.layer1 = nn.Sequential(block(a, a, 1), block(a, a, 1))
+        self.layer2 = nn.Sequential(block(a, b, 2), block(b, b, 1))
+        self.layer3 = nn.Sequential(block(b, c, 2), block(c, c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
 
 
 def pyramid(one: Tensor, other: Tensor) -> list[Tensor]:

@@ -4,15 +4,15 @@ Shapes: B pairs, C channels, H W a frame, h w an eighth of it.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.backbones.correlation import LEVELS, grid, look_up, pyramid
-from evaluation.backbones.weights import filled, read_state
+from evaluation.backbones.correlation import LEVELS, Encoder, grid, look_up, pyramid
+from evaluation.backbones.weights import filled, named, read_state
 
 _STEPS = 20
 _RADIUS = 4
@@ -36,20 +36,9 @@ class Residual(nn.Module):
         return (y + (x if self.downsample is None else self.downsample(x))).relu()
 
 
-class Encoder(nn.Module):
+def _encoder(norm: Callable[[int], nn.Module]) -> Encoder:
     """Frames (B, 3, H, W) in [-1, 1] -> (B, 256, h, w)."""
-
-    def __init__(self, norm: Callable[[int], nn.Module]):
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, 64, 7, 2, 3), norm(64)
-        self.layer1 = nn.Sequential(Residual(64, 64, 1, norm), Residual(64, 64, 1, norm))
-        self.layer2 = nn.Sequential(Residual(64, 96, 2, norm), Residual(96, 96, 1, norm))
-        self.layer3 = nn.Sequential(Residual(96, 128, 2, norm), Residual(128, 128, 1, norm))
-        self.conv2 = nn.Conv2d(128, 256, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.conv1(x)).relu()
-        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
+    return Encoder(partial(Residual, norm=norm), norm, widths=(64, 96, 128), out=256)
 
 
 class MotionEncoder(nn.Module):
@@ -89,23 +78,14 @@ class SeparableGRU(nn.Module):
         return state
 
 
-class FlowHead(nn.Module):
-    """State -> a step of the flow (B, 2, h, w)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(_HIDDEN, 256, 3, padding=1), nn.Conv2d(256, 2, 3, padding=1)
-
-    def forward(self, state: Tensor) -> Tensor:
-        return self.conv2(self.conv1(state).relu())
-
-
 class Update(nn.Module):
     """What is done 20 times, and `mask`, which says how its result is enlarged."""
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.gru, self.flow_head = MotionEncoder(), SeparableGRU(256), FlowHead()
+        self.encoder, self.gru = MotionEncoder(), SeparableGRU(256)
+        seen, step = nn.Conv2d(_HIDDEN, 256, 3, padding=1), nn.Conv2d(256, 2, 3, padding=1)
+        self.flow_head = named(conv1=seen, relu=nn.ReLU(), conv2=step)
         self.mask = nn.Sequential(nn.Conv2d(_HIDDEN, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 64 * 9, 1))
 
     def forward(self, state: Tensor, context: Tensor, alike: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +98,7 @@ class Raft(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fnet, self.cnet = Encoder(nn.InstanceNorm2d), Encoder(nn.BatchNorm2d)
+        self.fnet, self.cnet = _encoder(nn.InstanceNorm2d), _encoder(nn.BatchNorm2d)
         self.update_block = Update()
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.backbones.weights import filled, read_state
+from evaluation.backbones.weights import filled, named, read_state
 from turbodiffusion.checkpoints.sources import State
 
 _HEAD = 64
@@ -29,39 +29,23 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
-    """Token by token."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each after its norm; (B, L, E) to the same."""
 
     def __init__(self, width: int, hidden: int | None = None):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
-        self.attn, self.mlp = Attention(width), FeedForward(width, hidden or 4 * width)
+        wide, back = nn.Linear(width, hidden or 4 * width), nn.Linear(hidden or 4 * width, width)
+        self.attn, self.mlp = Attention(width), named(fc1=wide, gelu=nn.GELU(), fc2=back)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
-class Patches(nn.Module):
+def _patches(width: int, patch: int) -> nn.Sequential:
     """Images (B, 3, H, W) -> (B, E, rows, columns); what is left at the right and below is dropped."""
-
-    def __init__(self, width: int, patch: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, patch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images)
+    return named(proj=nn.Conv2d(3, width, patch, patch))
 
 
 class Dino(nn.Module):
@@ -69,7 +53,7 @@ class Dino(nn.Module):
 
     def __init__(self, *, width: int, layers: int, patch: int, tokens: int):
         super().__init__()
-        self.patch_embed = Patches(width, patch)
+        self.patch_embed = _patches(width, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
@@ -101,7 +85,7 @@ class Umt(nn.Module):
 
     def __init__(self, *, width: int, layers: int, patch: int, tokens: int, classes: int):
         super().__init__()
-        self.patch_embed = Patches(width, patch)
+        self.patch_embed = _patches(width, patch)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.fc_norm = nn.LayerNorm(width, EPS)

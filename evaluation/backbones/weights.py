@@ -8,6 +8,7 @@ import os
 import pickle
 import tomllib
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,11 @@ def _fault(wanted: Weights, path: Path | None) -> str | None:
         if wanted.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != wanted.sha256:
             return f"{wanted.file}, as {path} is another file: its sha256 is not {wanted.sha256}"
     return None
+
+
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after the other, under names of their own."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 def filled(make: Callable[[], Net], state: Mapping[str, Tensor], path: Path) -> Net:
