@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from torch import nn
@@ -10,12 +11,16 @@ from torch import nn
 from turbodiffusion.attention import Attention
 from turbodiffusion.checkpoints.sources import Entries
 from turbodiffusion.errors import UserError
-from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import Sampling
 
 KEY = "turbodiffusion"  # of the header's entry that holds a Metadata as JSON
-KINDS = ("network", "vae", "text_encoder", "image_encoder")
+_CLASSES = {
+    "network": "wan:WanModel",
+    "vae": "vae:VideoVAE",
+    "text_encoder": "text:TextEncoder",
+    "image_encoder": "clip:ImageEncoder",
+}
+KINDS = tuple(_CLASSES)
 VERSION = 1
 
 Numbers = dict[str, int | list[int] | list[float] | list[bool] | Attention | None]
@@ -92,18 +97,8 @@ def read_metadata(header: dict[str, str], path: Path) -> Metadata | None:
 
 
 def class_of(kind: str) -> type[nn.Module]:
-    """The class of a kind; the encoders' are imported when asked for: transformers takes seconds."""
-    if kind == "network":
-        return WanModel
-    if kind == "vae":
-        return VideoVAE
-    if kind == "text_encoder":
-        from turbodiffusion.models.text import TextEncoder
-
-        return TextEncoder
-    from turbodiffusion.models.clip import ImageEncoder
-
-    return ImageEncoder
+    """The class of a kind; imported only now: with the encoders comes transformers, which takes seconds."""
+    return resolve_name(f"turbodiffusion.models.{_CLASSES[kind]}")
 
 
 def empty_module(report: Report, **others: object) -> nn.Module:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 
 from turbodiffusion.attention import trained
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.metadata import Metadata, kind_of
-from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, SHARD_NAME, Entries, Entry
+from turbodiffusion.checkpoints.sources import INDEX_SUFFIX, Entries, Entry
 from turbodiffusion.variants import Sampling
 
 STEM = "diffusion_pytorch_model"
@@ -65,24 +66,17 @@ def write_safetensors(path: Path, entries: Entries, header: dict[str, str]) -> N
 
 def write_shards(folder: Path, entries: Entries, header: dict[str, str], max_shard: int) -> None:
     """Safetensors files of at most `max_shard` bytes (a larger tensor has its own) with their index."""
-    shards: list[Entries] = [{}]
-    size = 0
-    for name, entry in entries.items():
-        if shards[-1] and size + entry.nbytes > max_shard:
-            shards.append({})
-            size = 0
-        shards[-1][name] = entry
-        size += entry.nbytes
-    if len(shards) == 1:
-        write_safetensors(folder / f"{STEM}.safetensors", entries, header)
-        return
-    placed = {}
-    for number, shard in enumerate(shards, 1):
-        file = SHARD_NAME.format(STEM, number, len(shards))
-        write_safetensors(folder / file, shard, header)
-        placed |= dict.fromkeys(shard, file)
-    total = sum(entry.nbytes for entry in entries.values())
-    write_json(folder / (STEM + INDEX_SUFFIX), {"metadata": {"total_size": total}, "weight_map": placed})
+    split = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern=STEM + "{suffix}.safetensors",
+        max_shard_size=max_shard,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: entries[name] for name in names}, header)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / (STEM + INDEX_SUFFIX), index)
 
 
 def write_torch(path: Path, entries: Entries) -> None:

@@ -22,7 +22,6 @@ from turbodiffusion.errors import UserError
 
 DCP = "DCP directory"
 INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_NAME = "{}-{:05d}-of-{:05d}.safetensors"  # stem, number from 1, how many
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 
@@ -89,7 +88,7 @@ def open_source(path: str | Path, part: str = "transformer") -> Source:
         if index.exists():
             return _open_index(index)
         total = int(shard["total"])
-        names = [SHARD_NAME.format(shard["stem"], number, total) for number in range(1, total + 1)]
+        names = (f"{shard['stem']}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1))
         return _open_shards([path.with_name(name) for name in names])
     return _open_file(path)
 
