@@ -21,8 +21,9 @@ from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines import options as inference
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, load, load_texts
-from turbodiffusion.pipelines.generate import Clip, Encoded, Models, Pipeline, Watch, vae_chunk
+from turbodiffusion.pipelines.generate import Clip, Encoded, Models, Pipeline, Watch
 from turbodiffusion.pipelines.graphs import check_graph
+from turbodiffusion.pipelines.memory import vae_chunk
 from turbodiffusion.pipelines.offload import check_offload
 from turbodiffusion.pipelines.prompts import Item, read_items
 from turbodiffusion.pipelines.request import choose_task, pick_device, pick_dtype, resolve

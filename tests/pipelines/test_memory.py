@@ -17,7 +17,6 @@ from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import decode_bytes, longest_chunk
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.pipelines.found import Found, stages
-from turbodiffusion.pipelines.generate import vae_chunk
 from turbodiffusion.pipelines.memory import (
     GIB,
     RUNTIME,
@@ -26,6 +25,7 @@ from turbodiffusion.pipelines.memory import (
     denoise_bytes,
     free_memory,
     streamed_text_bytes,
+    vae_chunk,
 )
 from turbodiffusion.pipelines.offload import Residence
 from turbodiffusion.pipelines.sizes import Size

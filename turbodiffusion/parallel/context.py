@@ -43,6 +43,12 @@ def check_heads(heads: int, count: int) -> None:
         raise UserError(f"{count} processes can not share a network of {heads} heads: take one of {fitting}")
 
 
+def shares(length: int, count: int) -> list[int]:
+    """A length in `count` parts as even as can be, the longer ones first."""
+    short, longer = divmod(length, count)
+    return [short + (i < longer) for i in range(count)]
+
+
 class _Split:
     """The hooks of one network; those within a block run between the parts of it that are compiled."""
 
@@ -68,8 +74,7 @@ class _Split:
     def enter_attention(self, attention: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         # here, not in the block: this runs again where a backward computes a block again
         x, table, *given = args
-        short, longer = divmod(len(table[0]), self.ranks.size())
-        self.lengths = [short + (i < longer) for i in range(self.ranks.size())]
+        self.lengths = shares(len(table[0]), self.ranks.size())
         if attention.core not in self.cores:  # or no longer: set_attention() makes new ones
             attention.core.register_forward_pre_hook(self.enter_core)
             attention.core.register_forward_hook(self.leave_core)
@@ -128,7 +133,7 @@ class _Split:
         return x
 
 
-def _exchanged(x: Tensor, sent: list[int], received: list[int], ranks: dist.ProcessGroup) -> Tensor:
+def exchanged(x: Tensor, sent: list[int], received: list[int], ranks: dist.ProcessGroup) -> Tensor:
     """Rows of x, to each rank in turn as many as said -> rows from each rank in turn."""
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=ranks)
@@ -137,11 +142,11 @@ def _exchanged(x: Tensor, sent: list[int], received: list[int], ranks: dist.Proc
 
 # our own: through torch's functional collectives a tangent comes out as zero
 class _Exchange(torch.autograd.Function):
-    """`_exchanged`, with its derivatives."""
+    """`exchanged`, with its derivatives."""
 
     @staticmethod
     def forward(x: Tensor, sent: list[int], received: list[int], ranks: dist.ProcessGroup) -> Tensor:
-        return _exchanged(x, sent, received, ranks)
+        return exchanged(x, sent, received, ranks)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
@@ -149,11 +154,11 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchanged(grad, ctx.received, ctx.sent, ctx.ranks), None, None, None
+        return exchanged(grad, ctx.received, ctx.sent, ctx.ranks), None, None, None
 
     @staticmethod
     def jvp(ctx: FunctionCtx, tangent: Tensor, *_: None) -> Tensor:
-        return _exchanged(tangent, ctx.sent, ctx.received, ctx.ranks)
+        return exchanged(tangent, ctx.sent, ctx.received, ctx.ranks)
 
 
 class _Gather(torch.autograd.Function):
@@ -162,7 +167,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, lengths: list[int], ranks: dist.ProcessGroup) -> Tensor:
         copies = x.expand(ranks.size(), *x.shape).flatten(0, 1)
-        return _exchanged(copies, [len(x)] * ranks.size(), lengths, ranks)
+        return exchanged(copies, [len(x)] * ranks.size(), lengths, ranks)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:

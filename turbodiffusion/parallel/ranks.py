@@ -64,6 +64,13 @@ def neighbours(count: int) -> dist.ProcessGroup:
     return dist.new_subgroups(count)[0]
 
 
+def least(number: int, ranks: dist.ProcessGroup) -> int:
+    """Of the numbers of a group's ranks."""
+    numbers = [number] * ranks.size()
+    dist.all_gather_object(numbers, number, group=ranks)
+    return min(numbers)
+
+
 def own_device(device: torch.device) -> torch.device:
     """Of an accelerator, this process's own: torchrun counts those that it starts on a machine.
 

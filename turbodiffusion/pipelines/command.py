@@ -16,15 +16,7 @@ from rich.table import Column, Table
 from turbodiffusion.attention import spoken
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
-from turbodiffusion.parallel import (
-    check_heads,
-    neighbours,
-    own_device,
-    rank,
-    split_tokens,
-    started,
-    world_size,
-)
+from turbodiffusion.parallel import check_heads, neighbours, own_device, rank, started, world_size
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.found import Found, find, load, stages
 from turbodiffusion.pipelines.generate import Clip, Pipeline
@@ -113,9 +105,6 @@ class Run:
             home = device if offload == "none" else torch.device("cpu")
             dtype, texts = pick_dtype(options.dtype, device), cache_folder(options.text_cache)
             models = load(found, device=home, dtype=dtype, text_cache=texts)
-            if is_shared(options):
-                for network in filter(None, (models.network, models.network_low)):
-                    split_tokens(network, neighbours(world_size()))
         self.pipeline = Pipeline(
             models,
             request.sampling,
@@ -125,6 +114,7 @@ class Run:
             ode=options.ode,
             graph=options.graph == "true",
             compile=options.compile,
+            ranks=neighbours(world_size()) if is_shared(options) else None,
         )
         self.seconds = Counter(loading.seconds)
         files = {name: report.path for name, report in found.reports.items()}
@@ -164,15 +154,16 @@ class Run:
                 watch = Watch(self.pipeline.device, on_progress)
                 latents = self.pipeline.denoise(encoded, [seed], watch, noise)
                 noise = None  # the first seed's alone
-                if is_shared(self.options) and rank() > 0:  # the first decodes and writes
-                    continue
                 with ExitStack() as writing:
-                    take = writing.enter_context(self._writing(path))
+                    # of processes that share a video, the first
+                    take = writing.enter_context(self._writing(path)) if rank() == 0 else None
                     self.pipeline.decode(latents, watch, take)
                     self.pipeline.residence.release()
                     with watch.stage("write"):  # what is left of it
                         writing.close()
                 self.seconds.update(watch.seconds)
+                if take is None:
+                    continue
                 # the JSON comes last: where it is, the video is whole
                 record = self._record(shot, seed, path, shared.seconds | watch.seconds)
                 write_json(path.with_suffix(".json"), record)

@@ -17,13 +17,14 @@ from turbodiffusion.models.tokenizers import ByteTokenizer
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_tiling import TILE, decode_bytes
 from turbodiffusion.models.wan import PATCH, WanModel
-from turbodiffusion.pipelines.generate import Models, latent_shape, vae_chunk
+from turbodiffusion.pipelines.generate import Models, latent_shape
 from turbodiffusion.pipelines.memory import (
     ENCODER_ACTIVATIONS,
     Stage,
     constant_bytes,
     denoise_bytes,
     streamed_text_bytes,
+    vae_chunk,
 )
 from turbodiffusion.pipelines.options import Options
 from turbodiffusion.pipelines.record import fingerprint

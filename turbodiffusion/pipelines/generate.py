@@ -5,20 +5,21 @@ Shapes: B samples, T latent and F pixel frames, z latent channels, S text tokens
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.clip import ImageEncoder
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
-from turbodiffusion.models.vae_tiling import TILE, decode_bytes, decode_tiled, encode_tiled, longest_chunk
+from turbodiffusion.models.vae_tiling import decode_tiled, encode_tiled
 from turbodiffusion.models.wan import CLIP_TOKENS, PATCH, WanModel
+from turbodiffusion.parallel import split_rows, split_tokens
 from turbodiffusion.pipelines.conditioning import condition, known_frames
 from turbodiffusion.pipelines.graphs import capture_cuda
-from turbodiffusion.pipelines.memory import free_memory
+from turbodiffusion.pipelines.memory import free_memory, vae_chunk
 from turbodiffusion.pipelines.offload import Offload, Residence
 from turbodiffusion.pipelines.schedule import TEACHERS, sampling_times
 from turbodiffusion.pipelines.sizes import Size, check_frames, check_size, latent_frames
@@ -29,9 +30,6 @@ from turbodiffusion.samplers.denoiser import Denoiser
 from turbodiffusion.samplers.few_step import sample_rcm
 from turbodiffusion.samplers.noise import SampleNoise
 from turbodiffusion.variants import Sampling
-
-# what decoding may take beyond the least it needs, where that is not known to be free
-CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +84,13 @@ def latent_shape(vae: VideoVAE, frames: int, size: Size) -> tuple[int, int, int,
     return vae.latent_channels, latent_frames(frames), height, width
 
 
-def vae_chunk(vae: VideoVAE, latents: Sequence[int], *, tiled: bool, free: int | None = None) -> int:
-    """How many latent frames the VAE takes at a time of latents (B, z, T, h, w), by memory.
-
-    free: bytes of the device.  Half of what one frame at a time leaves of them may be taken: the rest may be
-    in pieces.  The frames are the same; on a CPU a small clip decodes four times as fast whole as frame by
-    frame.
-    """
-    b, _, length, height, width = latents
-    shape = (length, min(height, TILE[0]), min(width, TILE[1])) if tiled else (length, height, width)
-    one, two = (decode_bytes(vae, shape, chunk=chunk) for chunk in (1, 2))
-    spare = max(CHUNK_BYTES, ((free or 0) - b * one) // 2)
-    most = min(1 + spare // max(1, b * (two - one)), longest_chunk(vae, (b, *shape[1:])))
-    # as even as can be: a short last piece keeps a device less busy
-    return ceil(length / ceil(length / most))
-
-
 class Pipeline:
     """Clip and seeds -> frames.  The task follows from the network and from the pictures of the Clip.
 
     Modules may be anywhere: they come to the device as `offload` says.  tiled: the VAE works tile by tile.
     ode: a student follows its velocity, without fresh noise.  graph: steps are recorded as a CUDA graph, kept
     for later clips of the same form.  compile: so are the networks' blocks, for good, by torch.compile.
+    ranks: the processes that share the work from now on; each calls its pipeline of the same, all together.
     """
 
     def __init__(  # noqa: PLR0913 (the ways to run)
@@ -121,9 +104,10 @@ class Pipeline:
         ode: bool = False,
         graph: bool = False,
         compile: bool = False,
+        ranks: dist.ProcessGroup | None = None,
     ):
         self.models, self.sampling, self.device = models, sampling, device
-        self.tiled, self.ode = tiled, ode
+        self.tiled, self.ode, self.ranks = tiled, ode, ranks
         self.times = sampling_times(sampling)
         self.residence = Residence(device, offload)
         networks = {"network": models.network, "network_low": models.network_low}
@@ -132,6 +116,10 @@ class Pipeline:
             for name, network in networks.items()
             if network is not None
         }
+        if ranks is not None:
+            split_rows(models.vae, ranks)
+            for runner in self.runners.values():
+                split_tokens(runner.network, ranks)
         if compile:
             for runner in self.runners.values():
                 for block in runner.network.shard_units():
@@ -290,4 +278,4 @@ class Pipeline:
     def _chunk(self, latents: Sequence[int]) -> int:
         """vae_chunk of such latents with what is free now."""
         free = None if self.device.type == "cpu" else free_memory(self.device).device
-        return vae_chunk(self.models.vae, latents, tiled=self.tiled, free=free)
+        return vae_chunk(self.models.vae, latents, tiled=self.tiled, free=free, ranks=self.ranks)

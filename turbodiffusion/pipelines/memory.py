@@ -3,13 +3,19 @@
 Weights are counted from the checkpoints' headers, activations estimated from shapes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 
 from turbodiffusion.errors import UserError
+from turbodiffusion.models.vae import VideoVAE
+from turbodiffusion.models.vae_tiling import TILE, decode_bytes, longest_chunk
+from turbodiffusion.parallel import band_rows, least
 from turbodiffusion.pipelines.offload import Offload
 
 GIB = 2**30
@@ -17,6 +23,8 @@ GIB = 2**30
 RUNTIME = GIB // 2
 # of one encoder run, over its weights
 ENCODER_ACTIVATIONS = 0.05
+# what decoding may take beyond the least it needs, where that is not known to be free
+CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,35 @@ def streamed_text_bytes(config: dict[str, int], weights: int, dtype: torch.dtype
     """What block mode keeps of a text encoder's weights: the embedding, and places for two blocks."""
     embedding = config["vocab"] * config["dim"] * dtype.itemsize
     return embedding + 2 * (weights - embedding) // config["layers"]
+
+
+def vae_chunk(
+    vae: VideoVAE,
+    latents: Sequence[int],
+    *,
+    tiled: bool,
+    free: int | None = None,
+    ranks: dist.ProcessGroup | None = None,
+) -> int:
+    """How many latent frames the VAE takes at a time of latents (B, z, T, h, w), by memory.
+
+    free: bytes of the device.  Half of what one frame at a time leaves of them may be taken: the rest may be
+    in pieces.  The frames are the same; on a CPU a small clip decodes four times as fast whole as frame by
+    frame.  ranks: who shares its rows; all get the same answer.
+    """
+    b, _, length, height, width = latents
+    if tiled:
+        height, width = min(height, TILE[0]), min(width, TILE[1])
+    if ranks is not None:
+        # one more, which is more than is borrowed at any level
+        height = 1 + max(band_rows(height, ranks.size()), default=height)
+    shape = (length, height, width)
+    one, two = (decode_bytes(vae, shape, chunk=chunk) for chunk in (1, 2))
+    spare = max(CHUNK_BYTES, ((free or 0) - b * one) // 2)
+    most = min(1 + spare // max(1, b * (two - one)), longest_chunk(vae, (b, *shape[1:])))
+    most = most if ranks is None else least(most, ranks)
+    # as even as can be: a short last piece keeps a device less busy
+    return ceil(length / ceil(length / most))
 
 
 def free_memory(device: torch.device) -> Free:
