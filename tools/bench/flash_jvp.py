@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.console import Console
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import flash_jvp_triton as flash
 from kernels import reference
 from kernels.flash_jvp_triton import Tile
 from kernels.selftest import error_share
-from tools.bench.timing import Run, Timing, compare, sizes, start
+from tools.bench.timing import Run, Tables, Timing, cudnn, sizes, start
 
 # rows, keys, warps, stages
 OTHERS = [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
@@ -57,31 +54,26 @@ def runs(tensors: list[Tensor], is_sweep: bool) -> dict[str, Run]:
     plain = [*tensors[:3], None, None, None]
     o, lse, _ = flash.attention(q, k, v, None, None, None)
 
-    def cudnn() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v)
-
     return {
         **{
             name: Run(partial(flash.run, tensors, tile), 12 * work, share=check)
             for name, tile in names.items()
         },
-        "SDPA cuDNN forward": Run(cudnn, 4 * work),
+        "SDPA cuDNN forward": Run(partial(cudnn, q, k, v), 4 * work),
         "forward, no tangent": Run(partial(flash.run, plain, flash.form(plain)), 4 * work),
         "backward": Run(partial(flash.attention_backward, q, k, v, o, lse, torch.randn_like(o)), 10 * work),
     }
 
 
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Every number of heads."""
     for (heads,) in sizes(options.heads):
         size = (1, options.length, heads, options.width)
         tensors = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
-        console.print(f"{heads} heads x {options.length}")
-        compare(runs(tensors, options.sweep), options, console)
+        yield f"{heads} heads x {options.length}", runs(tensors, options.sweep)
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()

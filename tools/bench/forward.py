@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from tools.bench.timing import Run, Timing, compare, sizes, start
+from tools.bench.timing import Run, Tables, Timing, sizes, start
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import Variant, variant
 
@@ -109,11 +108,11 @@ def gate(network: WanModel, row: Variant, names: list[str], options: Options) ->
     return errors
 
 
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Every size."""
     device, row, names = torch.device(options.device), variant(options.variant), options.attention.split(",")
     network = random_network(row, device, torch.bfloat16)
-    console.print(f"errors {gate(network, row, names, options)}")
+    print(f"errors {gate(network, row, names, options)}")
     # of one set of weights
     networks = {name: deepcopy(network, {id(p): p for p in network.parameters()}) for name in names}
     for name, each in networks.items():
@@ -122,11 +121,10 @@ def report(options: Options, console: Console) -> None:
             block.compile()
     for size in options.size.split(","):
         inputs = network_inputs(row, latent_size(row, size, options.frames), device)
-        console.print(size)
-        compare({name: Run(partial(each, **inputs)) for name, each in networks.items()}, options, console)
+        yield size, {name: Run(partial(each, **inputs)) for name, each in networks.items()}
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()

@@ -14,12 +14,11 @@ from functools import partial
 from itertools import product
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from kernels import fp8_linear
 from kernels.reference import E4M3_MAX
-from tools.bench.timing import INT8_RATE, Run, Timing, compare, share_of, sizes, start
+from tools.bench.timing import INT8_RATE, Run, Tables, Timing, share_of, sizes, start
 from turbodiffusion.models.int8 import EightBitLinear, Fp8Linear, Int8Linear
 from turbodiffusion.models.projections import add_projected, modulated, projected
 
@@ -107,7 +106,7 @@ def runs(part: str, kinds: dict[str, Layers], inputs: list[Tensor], inner: int) 
     return found
 
 
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Every part of every block with every number of tokens."""
     for (tokens,), (width, inner) in product(sizes(options.tokens), sizes(options.shapes)):
         with torch.device("cuda"):
@@ -119,11 +118,11 @@ def report(options: Options, console: Console) -> None:
             kinds["fp8"] = floats.in_numbers(Fp8Linear)
             kinds["fp8 compiled"] = floats.in_numbers(OpenFp8Linear)
         for part in WORK:
-            console.print(f"{tokens} tokens, {width} wide, {inner} in the feed-forward: {part}")
-            compare(runs(part, kinds, inputs, inner), options, console)
+            title = f"{tokens} tokens, {width} wide, {inner} in the feed-forward: {part}"
+            yield title, runs(part, kinds, inputs, inner)
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()

@@ -14,13 +14,12 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from kernels import fp8_linear, reference_int8
 from kernels import int8_linear_triton as kernels
 from kernels.int8_linear import ALLOWED, int8_linear, int8_product, quantise_rows, quantise_tokens
-from tools.bench.timing import INT8_RATE, Run, Timing, compare, share_of, sizes, start
+from tools.bench.timing import INT8_RATE, Run, Tables, Timing, share_of, sizes, start
 
 BF16 = torch.bfloat16
 
@@ -79,14 +78,13 @@ def runs(tokens: int, inputs: int, outputs: int, gelu: bool) -> dict[str, Run]:
     return found
 
 
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Every shape with every number of tokens."""
     for (tokens,), (inputs, outputs) in product(sizes(options.tokens), sizes(options.shapes)):
-        console.print(f"{tokens} tokens, {inputs} -> {outputs}")
-        compare(runs(tokens, inputs, outputs, options.gelu), options, console)
+        yield f"{tokens} tokens, {inputs} -> {outputs}", runs(tokens, inputs, outputs, options.gelu)
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()

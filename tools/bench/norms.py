@@ -11,13 +11,12 @@ from functools import partial
 from itertools import product
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from kernels import norms, reference_norms
 from kernels.int8_linear import quantise_tokens
 from kernels.selftest import error_share
-from tools.bench.timing import Run, Timing, compare, sizes, start
+from tools.bench.timing import Run, Tables, Timing, sizes, start
 
 HEAD_DIM = 128
 OPS = ("norm_modulate_int8", "norm_modulate", "norm_rotate", "add_gated")
@@ -66,15 +65,14 @@ def runs(name: str, *inputs: Tensor) -> dict[str, Run]:
     return found | {"copy": Run(partial(torch.empty_like(x).copy_, x), moved=2 * x.nbytes)}
 
 
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Every op at every size."""
-    for (tokens,), (width,) in product(sizes(options.tokens), sizes(options.widths)):
-        for name in OPS:
-            console.print(f"{tokens} tokens x {width}, {name}")
-            compare(runs(name, *draw(name, tokens, width, options.by_token)), options, console)
+    for (tokens,), (width,), name in product(sizes(options.tokens), sizes(options.widths), OPS):
+        inputs = draw(name, tokens, width, options.by_token)
+        yield f"{tokens} tokens x {width}, {name}", runs(name, *inputs)
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()

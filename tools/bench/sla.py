@@ -14,11 +14,8 @@ from functools import partial
 from itertools import product
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import reference
 from kernels.block_map import block_map
@@ -27,7 +24,7 @@ from kernels.block_sparse_int8 import ALLOWED, sparse_attention_int8
 from kernels.block_sparse_linear import sparse_linear_attention
 from kernels.linear_attention import linear_attention, plain
 from kernels.selftest import error_share
-from tools.bench.timing import Run, Timing, compare, sizes, start
+from tools.bench.timing import Run, Tables, Timing, cudnn, sizes, start
 from turbodiffusion.attention import SparseLinearAttention
 
 # bf16 rounds at 2e-3 of a number's size, a few times on the way
@@ -169,24 +166,17 @@ class Bench:
             return forward_ad.unpack_dual(fn(*duals)).tangent
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fastest on this kind of GPU."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(q, k, v)
-
-
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Every size with every ratio."""
     counts, ratios = sizes(options.heads), map(float, options.ratio.split(","))
     for (heads,), (tokens,), ratio in product(counts, sizes(options.tokens), ratios):
         bench = Bench(options, heads, tokens, ratio)
-        console.print(f"{heads} heads x {tokens}, {bench.kept} keys a query")
-        compare(bench.forward(), options, console)
+        yield f"{heads} heads x {tokens}, {bench.kept} keys a query", bench.forward()
         if (heads,) == counts[0]:
-            compare(bench.derivatives(), options, console)
+            yield "", bench.derivatives()
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()

@@ -7,12 +7,14 @@ what it copies.  Peaks are of memory, over what was taken before.
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.selftest import error_share, poisoned
 from tools.options import parse
@@ -49,9 +51,19 @@ class Run:
     targets: dict[str, float] = field(default_factory=dict)
 
 
+# titles and what is timed below them, where there is none more of the one before
+Tables = Iterator[tuple[str, dict[str, Run]]]
+
+
 def share_of(truth: Sequence[Tensor], allowed: float) -> Callable[[object], float]:
     """A Run's share: of that error relative to the truth."""
     return lambda got: error_share((got,) if isinstance(got, Tensor) else got, truth, allowed)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fastest attention on this kind of GPU, (B, N, L, D) each."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(q, k, v)
 
 
 def sizes(words: str) -> list[tuple[int, ...]]:
@@ -59,15 +71,19 @@ def sizes(words: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, word.split("x"))) for word in words.split(",")]
 
 
-def start(kind: type[Timing], body: Callable[[Timing, Console], None]) -> None:
-    """Parse the command line and run what it asks for, on a GPU, without gradients."""
+def start(kind: type[Timing], tables: Callable[[Timing], Tables]) -> None:
+    """Parse the command line and time the tables that it asks for, on a GPU, without gradients."""
     with one_sentence(), torch.no_grad():
         options, console = parse(kind, sys.argv[1:]), Console(width=150)
         if not torch.cuda.is_available():
             raise UserError("this times a GPU and there is none here; the tests in tests/kernels run without")
         said = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options}"
         console.print(said, markup=False, highlight=False)
-        body(options, console)
+        for title, runs in tables(options):
+            if title:
+                console.print(title)
+            compare(runs, options, console)
+            del runs  # or the next table would have to find room beside it
 
 
 def compare(runs: dict[str, Run], timing: Timing, console: Console) -> None:
