@@ -1,11 +1,11 @@
 """Time of encoding and decoding a clip on one GPU, plain and fused, real size, random weights, bf16.
 
-    python -m tools.bench.vae size=832x480,1280x720 chunks=1,auto profile=true
+    python -m tools.bench.vae size=832x480,1280x720 chunks=1,auto
 
 Forms take turns; plain ones run what a CPU runs, and `auto` chunks are those a pipeline takes of this GPU.
 A gate comes first: on a small clip the fused form must be the plain one in fp32, to 1e-3 of it, and may
-not lose more to bf16.  At full size every form must be near the
-first.  profile=true adds which kernels took the last one's time.
+not lose more to bf16.  At full size every form must be near the first.  Which kernels take the time says
+`python -m tools.bench.profile`.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,12 @@ from functools import partial
 
 import torch
 import yaml
-from rich.console import Console
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.selftest import unfused
 from tools.bench.forward import randomize
-from tools.bench.timing import Run, Timing, compare, share_of, sizes, start
+from tools.bench.timing import Run, Tables, Timing, share_of, sizes, start
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.pipelines.generate import latent_shape
 from turbodiffusion.pipelines.memory import free_memory, vae_chunk
@@ -33,7 +31,6 @@ from turbodiffusion.variants import CONFIGS
 SLACK = 1.1
 # of what bf16 makes, twice what it loses of random weights
 ALLOWED = 4e-2
-SHOWN = 25
 
 
 @dataclass
@@ -45,8 +42,6 @@ class Options(Timing):
     frames: int = 81
     chunks: str = "1,auto"
     calls: int = 1
-    cudnn_benchmark: bool = False
-    profile: bool = False
 
 
 def random_vae(name: str, device: torch.device) -> VideoVAE:
@@ -101,40 +96,22 @@ def runs(name: str, vae: VideoVAE, x: Tensor, chunks: list[int]) -> dict[str, Ru
     return {label: Run(call, counter.get_total_flops(), share=share) for label, call in calls.items()}
 
 
-def show_profile(run: Run, console: Console) -> None:
-    """Kernels of one run, the longest first."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        run.call()
-        torch.cuda.synchronize()
-    kernels = [e for e in recorded.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels.sort(key=lambda e: -e.self_device_time_total)
-    console.print(f"  kernels: {sum(e.self_device_time_total for e in kernels) / 1e3:.0f} ms")
-    for e in kernels[:SHOWN]:
-        ms = e.self_device_time_total / 1e3
-        console.print(f"   {ms:8.1f} ms {e.count:5d} x {e.key[:95]}", markup=False)
-
-
-def report(options: Options, console: Console) -> None:
+def tables(options: Options) -> Tables:
     """Both directions at every size."""
-    torch.backends.cudnn.benchmark = options.cudnn_benchmark
-    console.print(f"cuDNN {torch.backends.cudnn.version()}")
+    print(f"cuDNN {torch.backends.cudnn.version()}")
     device = torch.device("cuda")
     vae = random_vae(options.vae, device)
     for name, (exact, lost, kept) in gate(vae, device).items():
-        console.print(f"{name}: {exact:.1e} in fp32; of fp32 in bf16 plain {lost:.2e}, fused {kept:.2e}")
+        print(f"{name}: {exact:.1e} in fp32; of fp32 in bf16 plain {lost:.2e}, fused {kept:.2e}")
     for width, height in sizes(options.size):
         z, *latents = latent_shape(vae, options.frames, Size(width, height))
         chunks = sorted({chunk_of(word, vae, (z, *latents)) for word in options.chunks.split(",")})
         clip = torch.rand(1, 3, options.frames, height, width, device=device) * 2 - 1
         for name, x in (("decode", torch.randn(1, z, *latents, device=device)), ("encode", clip)):
-            console.print(f"{name}, {width}x{height}")
-            forms = runs(name, vae, x, chunks)
-            compare(forms, options, console)
-            if options.profile:
-                show_profile([*forms.values()][-1], console)
+            yield f"{name}, {width}x{height}", runs(name, vae, x, chunks)
 
 
-main = partial(start, Options, report)
+main = partial(start, Options, tables)
 
 if __name__ == "__main__":
     main()
