@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data import RenderedClips
-from distill.objective import Product, Watch, nothing
+from distill.objective import OneNetwork, Product, Watch, nothing
 from turbodiffusion.models.vae import VideoVAE
 from turbodiffusion.models.vae_layers import Attention, ResidualBlock
 
@@ -52,7 +52,7 @@ def initialize(vae: VideoVAE) -> None:
 
 
 @dataclass(frozen=True)
-class Autoencoding:
+class Autoencoding(OneNetwork):
     """Mean squared error of pixels and of their differences to neighbours, and the Kullback-Leibler term.
 
     Squares, because absolute errors reward leaving a small sprite out: most of a clip is background.  The
@@ -63,14 +63,7 @@ class Autoencoding:
     differences: float = 1.0
     kl: float = 1e-6
 
-    averaged = ("autoencoder",)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {"autoencoder": self.autoencoder}
-
-    def turn(self, step: int) -> str:
-        return "autoencoder"
+    role = "autoencoder"
 
     def losses(
         self, batch: Tensor, step: int, rng: torch.Generator, watch: Watch

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.objective import Product, Watch, seed_of
+from distill.objective import OneNetwork, Product, Watch, seed_of
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import PAD
 from turbodiffusion.small_world.captions import PHRASINGS, caption
@@ -68,19 +68,12 @@ class Reader(nn.Module):
 
 
 @dataclass(frozen=True)
-class CaptionReading:
+class CaptionReading(OneNetwork):
     """Cross-entropy of the three attributes, summed."""
 
     reader: nn.Module
 
-    averaged = ("reader",)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {"reader": self.reader}
-
-    def turn(self, step: int) -> str:
-        return "reader"
+    role = "reader"
 
     def losses(
         self, batch: Captions, step: int, rng: torch.Generator, watch: Watch

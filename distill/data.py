@@ -3,9 +3,8 @@
 Shapes: B clips, F frames, H W pixels; T h w latents; S caption tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from distill.flow_matching import Captioned
 from distill.objective import seed_of
 from distill.replicas import rank
+from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.vae import VideoVAE
@@ -42,18 +42,9 @@ class Window:
         return clips[:, :, : self.frames, top : top + self.size, left : left + self.size]
 
 
-def rendered(
-    number: int, count: int, *, sprites: Sprites, window: Window, seed: int, split: str
-) -> tuple[Scenes, Tensor]:
-    """Batch `number` of an endless stream of scenes, and their frames (B, 3, F, H, W) in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed_of(split, seed, number))
-    scenes = draw_scenes(count, generator, split)
-    return scenes, window.cut(render(scenes, sprites), generator)
-
-
 @dataclass(frozen=True)
 class RenderedClips:
-    """Never-ending fresh clips (B, 3, F, H, W), rendered on the sprites' device."""
+    """Never-ending fresh clips (B, 3, F, H, W) in [-1, 1], rendered on the sprites' device."""
 
     sprites: Sprites
     count: int
@@ -62,10 +53,13 @@ class RenderedClips:
     split: str = "train"
 
     def batch(self, number: int) -> Tensor:
-        _, frames = rendered(
-            number, self.count, sprites=self.sprites, window=self.window, seed=self.seed, split=self.split
-        )
-        return frames
+        return self.draw(number, self.count)[1]
+
+    def draw(self, number: int, count: int) -> tuple[Scenes, Tensor]:
+        """Batch `number` of so many scenes, and their frames."""
+        generator = torch.Generator().manual_seed(seed_of(self.split, self.seed, number))
+        scenes = draw_scenes(count, generator, self.split)
+        return scenes, self.window.cut(render(scenes, self.sprites), generator)
 
 
 class Shuffle:
@@ -101,15 +95,12 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_clips(
-    clips: int, *, vae: VideoVAE, sprites: Sprites, window: Window, seed: int, split: str
-) -> Encoded:
-    """Render and encode that many scenes, on the VAE's device."""
+def encode_clips(clips: int, source: RenderedClips, vae: VideoVAE) -> Encoded:
+    """Render and encode that many clips, on the VAE's device."""
     parts = []
-    batches = range(-(-clips // ENCODE_BATCH))
+    batches = range(-(-clips // source.count))
     for number in track(batches, f"encoding {clips} clips", disable=rank() > 0):
-        count = min(ENCODE_BATCH, clips - number * ENCODE_BATCH)
-        scenes, frames = rendered(number, count, sprites=sprites, window=window, seed=seed, split=split)
+        scenes, frames = source.draw(number, min(source.count, clips - number * source.count))
         known = torch.zeros_like(frames)
         known[:, :, 0] = frames[:, :, 0]
         triples = torch.stack((scenes.subject, scenes.motion, scenes.background), dim=1)
@@ -172,30 +163,31 @@ class EncodedClips:
 
     def load(self, vae: VideoVAE, text_encoder: TextEncoder) -> tuple[LatentClips, LatentClips]:
         """The training clips, and held-out combinations in batches of all of them, on the VAE's device."""
-        device = next(vae.parameters()).device
-        sprites = load_sprites().to(device)
-        encode = partial(encode_clips, vae=vae, sprites=sprites, window=self.window, seed=self.seed)
-        train = self._cached(encode, vae)
-        held_out = encode(self.held_out, split="held_out_combinations")
+        sprites = load_sprites().to(next(vae.parameters()).device)
+        train, held_out = (
+            RenderedClips(sprites, ENCODE_BATCH, self.window, self.seed, split)
+            for split in ("train", "held_out_combinations")
+        )
         return tuple(
             LatentClips(encoded, text_encoder, sprites.names, count=count, seed=self.seed)
-            for encoded, count in ((train, self.count), (held_out, self.held_out))
+            for encoded, count in (
+                (self._cached(train, vae), self.count),
+                (encode_clips(self.held_out, held_out, vae), self.held_out),
+            )
         )
 
-    def _cached(self, encode: Callable[..., Encoded], vae: VideoVAE) -> Encoded:
+    def _cached(self, source: RenderedClips, vae: VideoVAE) -> Encoded:
         if self.cache is None:
-            return encode(self.clips, split="train")
+            return encode_clips(self.clips, source, vae)
         key, file = f"{self.clips} {self.seed} {self.window} {_fingerprint(vae)}", Path(self.cache)
         if file.is_file():
             with safe_open(file, framework="pt") as opened:
                 found = opened.metadata()
             if found == {"key": key}:
                 return Encoded(**load_file(file, device=str(next(vae.parameters()).device)))
-        encoded = encode(self.clips, split="train")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = file.with_suffix(".partial")
-        save_file(vars(encoded), partial_file, {"key": key})
-        partial_file.replace(file)
+        encoded = encode_clips(self.clips, source, vae)
+        with appearing(file) as part:
+            save_file(vars(encoded), part, {"key": key})
         return encoded
 
 

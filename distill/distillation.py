@@ -2,11 +2,8 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Protocol
 
-import torch
-
-from distill.conditioning import Material
+from distill.conditioning import SmallWorld, StoredClips
 from distill.objective import Objective, Outcome, Parts
 from distill.rcm import Method, check_negative
 from distill.recipes import Hardware
@@ -19,24 +16,13 @@ from turbodiffusion.models.wan import WanModel
 TRAINABLE = ("all", "proj_only", "no_proj")
 
 
-class Source(Protocol):
-    """Where clips come from: `conditioning.SmallWorld` or `conditioning.StoredClips`."""
-
-    def load(self, device: torch.device, dtype: torch.dtype, context: int) -> Material:
-        """Everything on the device, for ranks of which `context` in a row take the same batches.
-
-        Raises UserError for what is missing.
-        """
-        ...
-
-
 def distillation(  # noqa: PLR0913 (a line of the config each)
     hardware: Hardware,
     *,
     teacher: str | None,
     start: str | None,
     objective: Method | Alignment,
-    source: Source,
+    source: SmallWorld | StoredClips,
     outcome: Callable[..., Outcome],
     attention: Attention | None = None,
     trainable: str = "all",

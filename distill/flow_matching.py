@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.objective import Watch
+from distill.objective import OneNetwork, Watch
 from distill.times import Times
 from turbodiffusion.models.text import TextEncoder
 from turbodiffusion.models.tokenizers import EOS, PAD
@@ -62,7 +62,7 @@ class TextToVelocity(nn.Module):
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(OneNetwork):
     """Trains the role "student" on captioned latents.
 
     A share text_drop of captions is emptied, for classifier-free guidance; a share image_share of clips shows
@@ -74,14 +74,7 @@ class FlowMatching:
     text_drop: float = 0.1
     image_share: float = 0.3
 
-    averaged = ("student",)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
-
-    def turn(self, step: int) -> str:
-        return "student"
+    role = "student"
 
     def losses(
         self, batch: Captioned, step: int, rng: torch.Generator, watch: Watch

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 from zlib import crc32
 
 import torch
@@ -50,6 +50,23 @@ class Objective(Protocol[BatchIn]):
     ) -> Iterator[tuple[str, Tensor]]:
         """Named losses, one number a sample (B,), each to be differentiated before the next is asked for."""
         ...
+
+
+class OneNetwork:
+    """Networks and turns of an objective whose one network, the field called as its role, always trains."""
+
+    role: ClassVar[str]
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {self.role: getattr(self, self.role)}
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        return (self.role,)
+
+    def turn(self, step: int) -> str:
+        return self.role
 
 
 class Data(Protocol[BatchOut]):

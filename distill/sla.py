@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from distill.conditioning import Example, Material
-from distill.objective import Product, Watch
+from distill.objective import OneNetwork, Product, Watch
 from distill.rectified_flow import add_noise
 from distill.students import mse, noise_of, product, sample_teacher
 from distill.times import Times
@@ -66,7 +66,7 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class SLAFinetune:
+class SLAFinetune(OneNetwork):
     """Trains "student", a WanModel with sparse-linear attention, towards the frozen teacher it began as.
 
     negative (1, S, E): what guidance leads away from.
@@ -77,14 +77,7 @@ class SLAFinetune:
     teacher: nn.Module
     negative: Tensor | None = None
 
-    averaged = ("student",)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
-
-    def turn(self, step: int) -> str:
-        return "student"
+    role = "student"
 
     def losses(self, batch: Example, step: int, rng: Generator, watch: Watch) -> Iterator[tuple[str, Tensor]]:
         """Mean squared difference of the velocities; raises UserError for prompts without clips."""

@@ -69,9 +69,8 @@ def test_rendered_batches_repeat_by_number_and_differ_by_split(sprites: Sprites)
 
 
 def test_image_latents_know_the_first_frame_only(sprites: Sprites, vae: VideoVAE):
-    options = {"vae": vae, "sprites": sprites, "window": SMALL, "seed": 0}
-    encoded = encode_clips(2, split="train", **options)
-    frames = RenderedClips(sprites, 2, SMALL, seed=0).batch(0)
+    source = RenderedClips(sprites, 2, SMALL, seed=0)
+    encoded, frames = encode_clips(2, source, vae), source.batch(0)
     frames[:, :, 1:] = 0
     assert torch.equal(encoded.image, vae.encode(frames, chunk=None).bfloat16())
     # causal: the first latent frame of the clip is that of its first frame
