@@ -11,12 +11,11 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor, nn
 
-from distill.conditioning import Example, Material
-from distill.objective import OneNetwork, Product, Watch
+from distill.conditioning import Example
+from distill.objective import OneNetwork, Watch
 from distill.rectified_flow import add_noise
-from distill.students import mse, noise_of, product, sample_teacher
+from distill.students import BesideTeacher, mse, noise_of
 from distill.times import Times
-from turbodiffusion.checkpoints import LoadedNetwork
 from turbodiffusion.errors import UserError
 from turbodiffusion.samplers.denoiser import Denoiser
 
@@ -120,46 +119,29 @@ class SLAFinetune(OneNetwork):
 
 
 @dataclass(frozen=True)
-class Twins:
+class Twins(BesideTeacher):
     """Shows and ships the student: sampled as its teacher is, from the same noise, it should make the same.
 
     The yardstick is the student before training: the teacher's weights under the student's attention.
     """
 
     objective: SLAFinetune
-    material: Material
-    teacher: LoadedNetwork
-    file: str
-    sigma_max: float  # where the samplers start
-    teacher_steps: int | None = None  # None: as many as the teacher asks for
 
-    @torch.no_grad()
-    def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+    def scores(self, student: nn.Module) -> dict[str, float]:
         """mse/student and mse/untrained, to the teacher's latents."""
-        if not self.material.shown:
-            return {}
-        made = {"student": self._clips(networks["student"]), "untrained": self._untrained}
+        made = {"student": self._clips(student), "untrained": self._untrained}
         return {f"mse/{who}": mse(clips, self._teacher) for who, clips in made.items()}
 
-    def verdict(self, measures: dict[str, float]) -> str | None:
-        """One line on those measures."""
-        if not measures:
-            return None
+    def sentence(self, measures: dict[str, float]) -> str:
+        """On those scores."""
         return (
             "mean squared distance to the teacher's clips from the same noise: "
             f"{measures['mse/student']:.4f}, and {measures['mse/untrained']:.4f} before training"
         )
 
-    @torch.no_grad()
-    def preview(self, networks: dict[str, nn.Module]) -> Tensor | None:
-        """Rows: the teacher, the student untrained, the student; all from the same noise."""
-        if not self.material.shown or self.material.vae is None:
-            return None
-        rows = [self._teacher, self._untrained, self._clips(networks["student"])]
-        return torch.stack([self.material.vae.decode(row.float(), chunk=None) for row in rows])
-
-    def products(self, networks: dict[str, nn.Module]) -> list[Product]:
-        return [product(self.file, networks["student"], self.teacher, self.teacher.sampling)]
+    def rows(self, student: nn.Module) -> list[Tensor]:
+        """The teacher, the student untrained, the student; all from the same noise."""
+        return [self._teacher, self._untrained, self._clips(student)]
 
     @cached_property
     def _teacher(self) -> Tensor:
@@ -177,15 +159,8 @@ class Twins:
 
     def _clips(self, network: nn.Module) -> Tensor:
         """Latents of everything that is shown."""
-        steps = self.teacher_steps or self.teacher.sampling.steps
         made = [
-            sample_teacher(
-                self.objective.guided(network, example),
-                noise_of(example),
-                steps,
-                shift=self.teacher.sampling.shift,
-                sigma_max=self.sigma_max,
-            )
+            self.by_many_steps(self.objective.guided(network, example), noise_of(example), self.steps)
             for example in self.material.shown
         ]
         return torch.cat(made)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.conditioning import Example, Material
-from distill.objective import Product
+from distill.objective import Objective, Product
 from distill.rcm import RCM
 from turbodiffusion.checkpoints import LoadedNetwork
 from turbodiffusion.models.wan import WanModel
@@ -28,7 +28,53 @@ Sampler = Callable[[Example, SampleNoise], Tensor]
 
 
 @dataclass(frozen=True)
-class Students:
+class BesideTeacher:
+    """Measures and draws the student beside its teacher; where nothing is shown, only ships it."""
+
+    objective: Objective
+    material: Material
+    teacher: LoadedNetwork
+    file: str
+    sigma_max: float  # where the samplers start
+    teacher_steps: int | None = None  # None: as many as the teacher asks for
+
+    @torch.no_grad()
+    def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        return self.scores(networks["student"]) if self.material.shown else {}
+
+    def verdict(self, measures: dict[str, float]) -> str | None:
+        return self.sentence(measures) if measures else None
+
+    @torch.no_grad()
+    def preview(self, networks: dict[str, nn.Module]) -> Tensor | None:
+        vae = self.material.vae
+        if not self.material.shown or vae is None:
+            return None
+        return torch.stack([vae.decode(row.float(), chunk=None) for row in self.rows(networks["student"])])
+
+    def products(self, networks: dict[str, nn.Module]) -> list[Product]:
+        metadata = self.teacher.report.metadata
+        history = list(metadata.history) if metadata else []
+        made = (self.file, networks["student"], self.teacher.variant.name, self.sampling())
+        return [Product(*made, history, WanModel.is_fp32)]
+
+    def sampling(self) -> Sampling:
+        """The student's."""
+        return self.teacher.sampling
+
+    @property
+    def steps(self) -> int:
+        """The teacher's."""
+        return self.teacher_steps or self.teacher.sampling.steps
+
+    def by_many_steps(self, velocity: Denoiser, noise: SampleNoise, steps: int) -> Tensor:
+        """Latents, as the teacher's sampler makes them."""
+        times = shifted_times(steps, self.teacher.sampling.shift, sigma_max=self.sigma_max)
+        return sample_unipc(velocity, times[0].item() * as_state(noise.draw()), times)
+
+
+@dataclass(frozen=True)
+class Students(BesideTeacher):
     """Judged by the energy score (Gneiting and Raftery, 2007) against the teacher's clips of the prompts.
 
     |made - teacher's| - |made - made again| / 2, in units of a latent value, each term a mean over prompts:
@@ -39,52 +85,34 @@ class Students:
     """
 
     objective: RCM
-    material: Material
-    teacher: LoadedNetwork
-    file: str
-    sigma_max: float  # where the student's chain starts
-    teacher_steps: int | None = None
 
-    @torch.no_grad()
-    def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+    def scores(self, student: nn.Module) -> dict[str, float]:
         """energy/WHO_N at N steps, and mse/student_N to the teacher from the same noise."""
-        if not self.material.shown:
-            return {}
-        truth, _ = self._teacher[self._steps]
-        made = {n: self._student(networks["student"], n) for n in STEPS}
+        truth, _ = self._teacher[self.steps]
+        made = {n: self._student(student, n) for n in STEPS}
         scores = {f"energy/student_{n}": _energy(pair, truth) for n, pair in made.items()}
         scores |= {f"energy/untrained_{n}": _energy(pair, truth) for n, pair in self._untrained.items()}
         scores |= {f"energy/teacher_{n}": _energy(pair, truth) for n, pair in self._teacher.items()}
         return scores | {f"mse/student_{n}": mse(first, truth) for n, (first, _) in made.items()}
 
-    def verdict(self, measures: dict[str, float]) -> str | None:
-        """One line on those measures."""
-        if not measures:
-            return None
-        whos = ("student_4", "untrained_4", "teacher_4", f"teacher_{self._steps}")
+    def sentence(self, measures: dict[str, float]) -> str:
+        """On those scores."""
+        whos = ("student_4", "untrained_4", "teacher_4", f"teacher_{self.steps}")
         student, untrained, hasty, best = (measures[f"energy/{who}"] for who in whos)
         word = "beats" if student < min(untrained, hasty) else "does not beat"
         return (
             f"at 4 steps the student {word} its teacher: energy score {student:.3f}; the teacher's "
-            f"{hasty:.3f}, {untrained:.3f} in the student's sampler, and {best:.3f} at {self._steps} steps "
+            f"{hasty:.3f}, {untrained:.3f} in the student's sampler, and {best:.3f} at {self.steps} steps "
             "(less is better)"
         )
 
-    @torch.no_grad()
-    def preview(self, networks: dict[str, nn.Module]) -> Tensor | None:
-        """Rows: the teacher, then the student at 1, 2 and 4 steps, all from the same noise."""
-        if not self.material.shown or self.material.vae is None:
-            return None
-        rows = [self._teacher[self._steps], *(self._student(networks["student"], n) for n in STEPS)]
-        return torch.stack([self.material.vae.decode(first.float(), chunk=None) for first, _ in rows])
+    def rows(self, student: nn.Module) -> list[Tensor]:
+        """The teacher, then the student at 1, 2 and 4 steps, all from the same noise."""
+        pairs = [self._teacher[self.steps], *(self._student(student, n) for n in STEPS)]
+        return [first for first, _ in pairs]
 
-    def products(self, networks: dict[str, nn.Module]) -> list[Product]:
-        sampling = self.teacher.sampling.as_student(self.sigma_max, self.objective.method.timesteps)
-        return [product(self.file, networks["student"], self.teacher, sampling)]
-
-    @property
-    def _steps(self) -> int:
-        return self.teacher_steps or self.teacher.sampling.steps
+    def sampling(self) -> Sampling:
+        return self.teacher.sampling.as_student(self.sigma_max, self.objective.method.timesteps)
 
     def _student(self, network: nn.Module, steps: int) -> Pair:
         times = student_times(steps, self.sigma_max)
@@ -101,16 +129,10 @@ class Students:
     @cached_property
     def _teacher(self) -> dict[int, Pair]:
         """By its number of steps; it never changes."""
-        return {n: self._pair(self._teacher_sampler(n)) for n in (*STEPS, self._steps)}
+        return {n: self._pair(self._teacher_sampler(n)) for n in (*STEPS, self.steps)}
 
     def _teacher_sampler(self, steps: int) -> Sampler:
-        def sample(example: Example, noise: SampleNoise) -> Tensor:
-            shift, sigma_max = self.teacher.sampling.shift, self.sigma_max
-            return sample_teacher(
-                self.objective.guided(example), noise, steps, shift=shift, sigma_max=sigma_max
-            )
-
-        return sample
+        return lambda example, noise: self.by_many_steps(self.objective.guided(example), noise, steps)
 
     def _pair(self, sample: Sampler) -> Pair:
         first, other = (
@@ -118,21 +140,6 @@ class Students:
             for offset in (0, 1)
         )
         return first, other
-
-
-def product(file: str, network: nn.Module, teacher: LoadedNetwork, sampling: Sampling) -> Product:
-    """What is shipped of a network that was made from a teacher."""
-    metadata = teacher.report.metadata
-    history = list(metadata.history) if metadata else []
-    return Product(file, network, teacher.variant.name, sampling, history, WanModel.is_fp32)
-
-
-def sample_teacher(
-    velocity: Denoiser, noise: SampleNoise, steps: int, *, shift: float, sigma_max: float
-) -> Tensor:
-    """Latents by the sampler of many steps."""
-    times = shifted_times(steps, shift, sigma_max=sigma_max)
-    return sample_unipc(velocity, times[0].item() * as_state(noise.draw()), times)
 
 
 def noise_of(example: Example, offset: int = 0) -> SampleNoise:
