@@ -7,7 +7,7 @@ The network samples held-out captions by the attention `against`; what it attend
 goes through the one on trial too.  Mean and worst over steps and heads, by layer and of all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +15,12 @@ from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from evaluation.command import run
-from evaluation.metrics.attention import AttentionFidelity
 from evaluation.small_world import Setting, load_models
 from turbodiffusion.attention import sparsity, spoken
+from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.generate import Clip, Pipeline
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.pipelines.watch import Watch
@@ -38,6 +39,59 @@ class Options(Setting):
     block_k: int | None = None
     count: int = 4
     steps: int | None = None
+
+
+class AttentionFidelity(Metric):
+    """Likeness and errors of flattened outputs, in fp64, for every layer, sampling step and head.
+
+    cos_sim: their cosine.  relative_l1: sum |test - exact| / sum |exact|.  rmse: of their difference.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    sums: Tensor
+    seen: Tensor
+
+    def __init__(self, *, layers: int, steps: int, heads: int) -> None:
+        super().__init__()
+        cells = (layers, steps, heads)
+        self.add_state("sums", torch.zeros(*cells, 6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("seen", torch.zeros(cells, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, test: Tensor, exact: Tensor, *, layer: int, step: int) -> None:
+        """Outputs (B, heads, L, D) of the attention on trial and of the exact one, for equal inputs."""
+        if test.shape != exact.shape or test.ndim != 4 or test.shape[1] != self.seen.shape[2]:
+            raise UserError(
+                f"got outputs {tuple(test.shape)} and {tuple(exact.shape)}; "
+                f"wanted two of (B, {self.seen.shape[2]}, L, D)"
+            )
+        x, y = (each.detach().double().to(self.sums.device) for each in (test, exact))
+        terms = (x * y, x * x, y * y, (x - y).abs(), y.abs(), (x - y).square())
+        self.sums[layer, step] += torch.stack([term.sum(dim=(0, 2, 3)) for term in terms], dim=-1)
+        self.seen[layer, step] += x[:, 0].numel()
+
+    def cells(self) -> dict[str, Tensor]:
+        """Each measure (layers, steps, heads), NaN where nothing was seen."""
+        dot, x2, y2, error, size, square = self.sums.unbind(-1)
+        return {
+            "cos_sim": dot / (x2 * y2).sqrt(),
+            "relative_l1": error / size,
+            "rmse": (square / self.seen).sqrt(),
+        }
+
+    def compute(self) -> dict[str, Tensor]:
+        """Each measure's mean over what was seen, and as `worst_` its worst."""
+        there = self.seen > 0
+        if not there.any():
+            raise UserError("no attention was seen: compute after update")
+        return summary({name: values[there] for name, values in self.cells().items()})
+
+
+def summary(cells: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each measure's mean, and as `worst_` its worst."""
+    worst = {f"worst_{name}": x.min() if name == "cos_sim" else x.max() for name, x in cells.items()}
+    return {name: x.mean() for name, x in cells.items()} | worst
 
 
 class Beside(nn.Module):
@@ -92,12 +146,9 @@ def table(metric: AttentionFidelity, title: str) -> Table:
     shown = Table("layer", title=title, title_justify="left")
     for name in (cells := metric.cells()):
         shown.add_column(f"{name}, mean and worst", justify="right")
-    for layer in range(metric.seen.shape[0]):
-        worst = [x[layer].min() if name == "cos_sim" else x[layer].max() for name, x in cells.items()]
-        pairs = zip((x[layer].mean() for x in cells.values()), worst, strict=True)
-        shown.add_row(str(layer), *(f"{mean:.4f}  {most:.4f}" for mean, most in pairs))
-    of_all = metric.compute()
-    shown.add_row("all", *(f"{of_all[name]:.4f}  {of_all[f'worst_{name}']:.4f}" for name in cells))
+    rows = {str(i): summary({name: x[i] for name, x in cells.items()}) for i in range(len(metric.seen))}
+    for row, seen in (rows | {"all": metric.compute()}).items():
+        shown.add_row(row, *(f"{seen[name]:.4f}  {seen[f'worst_{name}']:.4f}" for name in cells))
     return shown
 
 

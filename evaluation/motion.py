@@ -1,6 +1,5 @@
 """Which of the small world's motions a trajectory is: the model curve that explains it best."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,20 +16,12 @@ _LEAST_TRAVEL, _LEAST_GROWTH, _LEAST_RADIUS, _LEAST_HOP = 20.0, 10.0, 8.0, 12.0
 _TOLERANCE = 4.0
 
 
-@dataclass(frozen=True)
-class _Curves:
+@lru_cache
+def _curves() -> tuple[Tensor, Tensor, Tensor]:
     """Candidate motions: a signed multiple of one unit atom, or any mix of two (a circle's phase).
 
-    motion: (K,) int64.  atoms: (K, 2, 3 F), unit norm or zero.  least: (K,), the least norm of a trajectory.
+    Returns motion (K,) int64; atoms (K, 2, 3 F), unit norm or zero; least (K,), a trajectory's least norm.
     """
-
-    motion: Tensor
-    atoms: Tensor
-    least: Tensor
-
-
-@lru_cache
-def _curves() -> _Curves:
     u = torch.linspace(0, 1, FRAMES)
     zero = torch.zeros_like(u)
     motion, atoms, least = [MOTIONS.index("still")], [torch.zeros(2, 3, FRAMES)], [0.0]
@@ -60,7 +51,7 @@ def _curves() -> _Curves:
         for start in torch.arange(0, 1, 1 / 16).tolist():
             hop = (start + hops * u) % 1
             add("bounce", (zero, -4 * hop * (1 - hop), zero), _LEAST_HOP)
-    return _Curves(torch.tensor(motion), torch.stack(atoms).flatten(2), torch.tensor(least))
+    return torch.tensor(motion), torch.stack(atoms).flatten(2), torch.tensor(least)
 
 
 def classify(centre: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +59,7 @@ def classify(centre: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
     Of the curves with an amplitude that counts, the one with the least residual; standing still has no curve.
     """
-    curves = _curves()
-    atoms, least = curves.atoms.to(size.device), curves.least.to(size.device)
+    motion, atoms, least = (part.to(size.device) for part in _curves())
     path = torch.cat((centre, _SIZE_WEIGHT * size.clamp(min=1).log()[..., None]), dim=-1).mT
     # one frame's slip is not motion
     middle = path.unfold(-1, 3, 1).median(dim=-1).values
@@ -83,4 +73,4 @@ def classify(centre: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     residual = path.square().sum(dim=-1, keepdim=True) - explained
     residual, best = residual.masked_fill(~is_possible, torch.inf).min(dim=-1)
     distance = (residual.clamp(min=0) / path.shape[1]).sqrt()
-    return curves.motion.to(size.device)[best], 1 / (1 + (distance / _TOLERANCE) ** 2)
+    return motion[best], 1 / (1 + (distance / _TOLERANCE) ** 2)

@@ -140,34 +140,33 @@ def _rows(frames: Tensor) -> tuple[Tensor, Tensor]:
     return rows, (border - rows[..., None]).abs().flatten(1).median(dim=1).values
 
 
-def _match(found: _Cutouts, cast: _Cutouts, subjects: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _match(found: _Cutouts, cast: _Cutouts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nearest subject (B,), its mismatch (B,), and its canvas: centre (B, F, 2) and side (B, F).
 
-    found: (B, F), cast: (subjects * looks).  The mismatch is the squared distance over the larger squared
+    found: (B, F), cast: (72 looks).  The mismatch is the squared distance over the larger squared
     norm, to the nearest look in every frame, the median of all frames.
     """
     energy, norm = found.pixels.square().sum(dim=-1, keepdim=True), cast.pixels.square().sum(dim=-1)
     mismatch = (energy + norm - 2 * found.pixels @ cast.pixels.T) / energy.maximum(norm)
-    mismatch, look = mismatch.unflatten(-1, (subjects, -1)).min(dim=-1)
+    mismatch, look = mismatch.unflatten(-1, (SUBJECTS, -1)).min(dim=-1)
     score, subject = mismatch.median(dim=1).values.min(dim=-1)
     look = look.gather(-1, subject[:, None, None].expand(-1, FRAMES, 1))[..., 0]
-    nearest = cast[subject[:, None] * (len(norm) // subjects) + look]
+    nearest = cast[subject[:, None] * (len(norm) // SUBJECTS) + look]
     scale = found.spread / nearest.spread
     centre = found.centre - scale[..., None] * (nearest.centre - _FIELD / 2)
     return subject, score, centre, scale * _CANVAS
 
 
 class Oracle:
-    """Reads clips on the sprites' device; only the first `subjects` are answers: all 72, or the 64 seen."""
+    """Reads clips on the sprites' device."""
 
-    def __init__(self, sprites: Sprites, *, subjects: int = SUBJECTS) -> None:
+    def __init__(self, sprites: Sprites) -> None:
         device, count = sprites.rgba.device, len(BACKGROUNDS)
         rows = background_rows(torch.arange(count, device=device), torch.zeros(count, 3, device=device))
         self._backgrounds = rows.unflatten(-1, (_HALF, 2)).mean(dim=-1)
-        self._subjects = subjects
         step = torch.full((1,), SIDE / _CANVAS, device=device)
         weights = area_weights(step * (_CANVAS - _FIELD) / 2, step, _FIELD, SIDE)[0]
-        looks = torch.arange(subjects * PHASES, device=device).split(PHASES)
+        looks = torch.arange(SUBJECTS * PHASES, device=device).split(PHASES)
         layers = [weights @ sprites.premultiplied(n // PHASES, n % PHASES) @ weights.T for n in looks]
         self._layers = torch.cat(layers)
         self._casts: dict[int, _Cutouts] = {}
@@ -191,7 +190,7 @@ class Oracle:
         centre, size = torch.empty_like(found.centre), torch.empty_like(found.spread)
         for number in background.unique().tolist():
             group = background == number
-            match = _match(found[group], self._cast(number), self._subjects)
+            match = _match(found[group], self._cast(number))
             subject[group], mismatch[group], centre[group], size[group] = match
         motion, motion_confidence = classify(2 * centre, 2 * size)
 

@@ -46,6 +46,11 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Changes with a file."""
+    return path.name, path.stat().st_size, path.stat().st_mtime_ns
+
+
 def read_records(files: Iterable[Path]) -> dict[str, Record]:
     """Records by key.  A last line that was cut off does not count; a success outlives a failure."""
     found: dict[str, Record] = {}

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import distributed
 
 from evaluation.metrics import VideoMetric
-from evaluation.records import Record, Score, Sink, key_of, read_records
+from evaluation.records import Record, Score, Sink, key_of, read_records, stamp
 from evaluation.vbench import DIMENSIONS
 from evaluation.videos import Footage, Video, load
 from turbodiffusion.errors import UserError
@@ -46,10 +46,7 @@ def plan(videos: Sequence[Video], metrics: Mapping[str, VideoMetric]) -> list[Ta
 
 def _key(video: Video, metric: VideoMetric) -> str:
     files = (video.path, video.reference) if metric.needs_reference else (video.path,)
-    stats = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file and file.exists()
-    ]
-    prompt = video.prompt
+    prompt, stats = video.prompt, [stamp(file) for file in files if file and file.exists()]
     return key_of(metric.name, metric.version, stats, prompt.text, prompt.auxiliary.get(metric.name))
 
 

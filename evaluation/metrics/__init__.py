@@ -5,8 +5,7 @@ from pathlib import Path
 from evaluation.backbones.weights import find_weights
 from evaluation.metrics.action import HumanAction
 from evaluation.metrics.consistency import BackgroundConsistency, SubjectConsistency
-from evaluation.metrics.flickering import TemporalFlickering
-from evaluation.metrics.motion import DynamicDegree, MotionSmoothness
+from evaluation.metrics.motion import DynamicDegree, MotionSmoothness, TemporalFlickering
 from evaluation.metrics.paired import LPIPS, PSNR, SSIM
 from evaluation.metrics.quality import AestheticQuality, ImagingQuality
 from evaluation.metrics.score import VideoMetric

@@ -1,5 +1,7 @@
 """VBench's subject and background consistency: how alike frames are to the one before and to the first."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -27,21 +29,24 @@ class SubjectConsistency(VideoMetric):
     least_frames = 2
     weights = ("dino_b16",)
 
+    def look(self, frames: Tensor) -> Tensor:
+        """Features (F, D) of frames (F, H, W, 3) uint8."""
+        return load_dino(self.files["dino_b16"], frames.device)(for_dino(frames))
+
     def score(self, footage: Footage) -> Score:
-        network = load_dino(self.files["dino_b16"], footage.pixels.device)
-        alike = likeness(in_parts(lambda part: network(for_dino(part)), footage.pixels))
+        alike = likeness(in_parts(self.look, footage.pixels))
         return Score(float(alike.double().sum()), len(alike))
 
 
-class BackgroundConsistency(VideoMetric):
-    """In the eyes of CLIP ViT-B/32, a mean over the frames of all videos."""
+class BackgroundConsistency(SubjectConsistency):
+    """The same in the eyes of CLIP ViT-B/32."""
 
     name = "background_consistency"
-    least_frames = 2
     weights = ("clip_b32",)
 
+    def look(self, frames: Tensor) -> Tensor:
+        return load_image_tower(self.files["clip_b32"], frames.device)(for_clip(frames))
+
     def score(self, footage: Footage) -> Score:
-        network = load_image_tower(self.files["clip_b32"], footage.pixels.device)
-        alike = likeness(in_parts(lambda part: network(for_clip(part)), footage.pixels))
-        total = float(alike.double().sum())
-        return Score(total, len(alike), {"video_sim": total, "cnt_per_video": len(alike)})
+        score = super().score(footage)
+        return replace(score, extras={"video_sim": score.total, "cnt_per_video": score.units})

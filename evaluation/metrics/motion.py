@@ -1,4 +1,5 @@
-"""VBench's dynamic degree and motion smoothness, and which videos are static enough for its flickering."""
+"""What moves: VBench's dynamic degree, motion smoothness and temporal flickering, and which videos are static
+enough for that."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -88,3 +89,20 @@ class MotionSmoothness(VideoMetric):
 
     def score(self, footage: Footage) -> Score:
         return Score(smoothness(load_amt(self.files["amt_s"], footage.pixels.device), footage.pixels))
+
+
+class TemporalFlickering(VideoMetric):
+    """1 - mean |x_t - x_{t+1}| / 255 over neighbouring frames, pixels and channels: 1 is still.
+
+    Motion counts as flicker, so the leaderboard looks at videos only that a filter found static.  Sums are of
+    integers, hence exact; upstream's are fp32.
+    """
+
+    name = "temporal_flickering"
+    least_frames = 2
+
+    def score(self, footage: Footage) -> Score:
+        frames = footage.pixels
+        # a pair at a time: all differences of a long video would not fit
+        sums = [(one.short() - other.short()).abs().sum(dtype=torch.int64) for one, other in pairwise(frames)]
+        return Score(1 - float(torch.stack(sums).sum()) / (255 * frames[1:].numel()))

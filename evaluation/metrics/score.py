@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from evaluation.records import Score
+from evaluation.records import Score, stamp
 from evaluation.videos import Footage
 
 
@@ -38,10 +38,7 @@ class VideoMetric(Metric):
         self.files = {name: (files or {})[name] for name in self.weights}
         if self.files:
             # other weights, other scores
-            stats = [
-                (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files.values()
-            ]
-            self.version = (type(self).version, *stats)
+            self.version = (type(self).version, *map(stamp, self.files.values()))
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("units", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -108,12 +108,6 @@ def test_erratic_trajectories_are_unclear() -> None:
     assert confidence.max() < 0.5
 
 
-def test_seen_subjects_alone_can_be_the_answers(sprites: Sprites) -> None:
-    scenes = draw_scenes(8, torch.Generator().manual_seed(2), "held_out_subjects")
-    readings = Oracle(sprites, subjects=64).read(render(scenes, sprites))
-    assert all(reading.subject is None or reading.subject < 64 for reading in readings)
-
-
 def test_clips_of_another_shape_are_refused(oracle: Oracle) -> None:
     with pytest.raises(UserError, match="got \\(1, 3, 17, 128, 128\\)"):
         oracle.read(torch.zeros(1, 3, 17, 128, 128))

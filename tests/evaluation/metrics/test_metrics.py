@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from evaluation.metrics import METRICS, make_metrics
-from evaluation.metrics.flickering import TemporalFlickering
+from evaluation.metrics.motion import TemporalFlickering
 from evaluation.metrics.paired import PSNR, SSIM
 from evaluation.metrics.small_world import SmallWorld, meaning
 from evaluation.records import Score
