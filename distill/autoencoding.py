@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, T h w latent frames, height, width; F H W fr
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class AutoencoderOutcome:
     train: RenderedClips
     clips: int  # of each, to measure on
     name: str
-    history: list[dict[str, object]] = field(default_factory=list)  # of the checkpoint it started from
+    history: tuple[dict[str, object], ...] = ()  # of the checkpoint it started from
 
     @torch.no_grad()
     def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:

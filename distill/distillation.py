@@ -44,9 +44,7 @@ def distillation(  # noqa: PLR0913 (a line of the config each)
     student = deepcopy(frozen) if start is None else _load_student(start, frozen, hardware)
     if attention is not None:
         student.set_attention(dict(attention))
-    student.requires_grad_(trainable != "proj_only")
-    for block in student.blocks:
-        block.self_attn.core.requires_grad_(trainable != "no_proj")
+    choose_trained(student, trainable)
     # one after the other: a rank that shards them holds the teacher and one more whole
     _place(student, hardware)
     critic = deepcopy(frozen).requires_grad_(True) if objective.has_critic else None
@@ -55,6 +53,13 @@ def distillation(  # noqa: PLR0913 (a line of the config each)
     built: Objective = objective.build(student, frozen, critic, material.negative)
     judge = outcome(objective=built, material=material, teacher=loaded)
     return Parts(built, material.train, judge, hardware.context)
+
+
+def choose_trained(student: WanModel, trainable: str) -> None:
+    """Have a student train in what one of TRAINABLE says."""
+    student.requires_grad_(trainable != "proj_only")
+    for block in student.blocks:
+        block.self_attn.core.requires_grad_(trainable != "no_proj")
 
 
 def _place(network: WanModel, hardware: Hardware) -> None:

@@ -1,7 +1,7 @@
 """The seams of training: what is learned (Objective), from what (Data), and what comes out (Outcome)."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 from zlib import crc32
 
@@ -85,7 +85,7 @@ class Product:
     module: nn.Module
     variant: str | None = None
     sampling: Sampling | None = None
-    history: list[dict[str, object]] = field(default_factory=list)  # of what it was made from
+    history: tuple[dict[str, object], ...] = ()  # of what it was made from
     keep_fp32: Callable[[str], bool] = everything  # the other parameters are stored in bf16
 
 

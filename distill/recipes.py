@@ -120,13 +120,12 @@ def autoencoder(
 
     start is a checkpoint to continue from; None: from scratch.  judged makes the clips that are measured.
     """
-    history = []
+    history = ()
     if start is None:
         initialize(vae)
     else:
         vae.load_state_dict(load_vae(start, device="cpu", dtype=torch.float32).state_dict())
-        metadata = detect(start).metadata
-        history = list(metadata.history) if metadata else []
+        history = detect(start).history
     module = Autoencoder(vae)
     hardware.prepare(module, nothing, [vae.encoder, vae.decoder])
     sprites = load_sprites().to(hardware.device)
@@ -164,11 +163,11 @@ def text_to_video(
     file: str,
 ) -> Parts:
     """Train a network, and a text encoder with it, on clips encoded once by the VAE in file `vae`."""
-    device, history = hardware.device, []
+    device, history = hardware.device, ()
     if start.network is not None:
         loaded = load_network(start.network, device=device, dtype=torch.float32)
         widen(student.network, loaded.network)
-        history = list(loaded.report.metadata.history)
+        history = loaded.report.history
     if start.text_encoder is not None:
         text_encoder = load_text_encoder(start.text_encoder, device=device, dtype=torch.float32)
         student.text_encoder.load_state_dict(text_encoder.state_dict())

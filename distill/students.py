@@ -53,10 +53,8 @@ class BesideTeacher:
         return torch.stack([vae.decode(row.float(), chunk=None) for row in self.rows(networks["student"])])
 
     def products(self, networks: dict[str, nn.Module]) -> list[Product]:
-        metadata = self.teacher.report.metadata
-        history = list(metadata.history) if metadata else []
         made = (self.file, networks["student"], self.teacher.variant.name, self.sampling())
-        return [Product(*made, history, WanModel.is_fp32)]
+        return [Product(*made, self.teacher.report.history, WanModel.is_fp32)]
 
     def sampling(self) -> Sampling:
         """The student's."""

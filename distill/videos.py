@@ -32,7 +32,7 @@ class Videos:
     vae: VideoVAE
     variant: Variant
     files: dict[str, str]  # part of the student: file to ship it as
-    history: list[dict[str, object]]
+    history: tuple[dict[str, object], ...]
 
     @torch.no_grad()
     def measure(self, networks: dict[str, nn.Module]) -> dict[str, float]:

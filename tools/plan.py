@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.dcm import DCMLoss
+from distill.distillation import choose_trained
 from distill.optim import Optim
 from distill.rcm import Method
 from distill.remat import MODES, rematerialize
@@ -120,9 +121,7 @@ def roles(
         teacher, student = WanModel(**sizes), WanModel(**sizes)
     if recipe.get("attention") is not None:
         student.set_attention(dict(recipe.attention))
-    student.requires_grad_(recipe.get("trainable", "all") != "proj_only")
-    for block in student.blocks:
-        block.self_attn.core.requires_grad_(recipe.get("trainable", "all") != "no_proj")
+    choose_trained(student, recipe.get("trainable", "all"))
     trained = {"student": student} | ({"critic": teacher} if method.has_critic else {})
     made = {name: _role(name, network, optims) for name, network in trained.items()}
     return {"teacher": Role(_count(teacher.parameters())), **made}

@@ -49,8 +49,8 @@ def prepare(
     check_fit(module, entries, report.path)
     if dtype is not None:
         entries = {name: entry.to(kept_dtype(report.kind, name, dtype)) for name, entry in entries.items()}
-    past = report.metadata.history if report.metadata else ()
-    return entries, Metadata(report.kind, module.config, report.variant, report.sampling, (*past, deed))
+    history = (*report.history, deed)
+    return entries, Metadata(report.kind, module.config, report.variant, report.sampling, history)
 
 
 def write(entries: Entries, metadata: Metadata, path: Path, format: str, max_shard: int) -> None:

@@ -65,6 +65,11 @@ class Report:
     quantised: dict[str, str] = field(default_factory=dict)  # those stored in 8 bits, and their scheme
 
     @property
+    def history(self) -> tuple[dict[str, object], ...]:
+        """What was done to it, as far as it says."""
+        return self.metadata.history if self.metadata else ()
+
+    @property
     def eight_bit_layers(self) -> list[str]:
         """The linear layers that have 8 bits when the network runs in 8 bits."""
         return list(self.quantised or self.linear)
