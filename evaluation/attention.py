@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from evaluation.command import run
-from evaluation.small_world import Setting, load_models
+from evaluation.small_world import Setting, clip_of, load_models
 from turbodiffusion.attention import sparsity, spoken
 from turbodiffusion.errors import UserError
-from turbodiffusion.pipelines.generate import Clip, Pipeline
-from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.pipelines.generate import Pipeline
 from turbodiffusion.pipelines.watch import Watch
 from turbodiffusion.small_world.captions import held_out_prompts
 
@@ -116,7 +115,7 @@ def measure(options: Options) -> tuple[AttentionFidelity, str]:
     network.set_attention({"name": options.attention} | {n: x for n, x in given.items() if x is not None})
     attention, trials = network.config["attention"], [block.self_attn.core for block in network.blocks]
     network.set_attention({"name": options.against}, drop_linear=True)
-    steps, size = options.steps or sampling.steps, Size(*map(int, sampling.size.split("x")))
+    steps = options.steps or sampling.steps
     shape = {"layers": len(trials), "steps": steps, "heads": network.config["heads"]}
     metric, done, tokens = AttentionFidelity(**shape), 0, 0
 
@@ -131,11 +130,9 @@ def measure(options: Options) -> tuple[AttentionFidelity, str]:
 
     for layer, (block, trial) in enumerate(zip(network.blocks, trials, strict=True)):
         block.self_attn.core = Beside(block.self_attn.core, trial, lambda *out, layer=layer: see(layer, *out))
-    prompts = [prompt.text for prompt in held_out_prompts(options.count, options.split)]
+    prompts, watch = held_out_prompts(options.count, options.split), Watch(device)
     pipeline = Pipeline(models, replace(sampling, steps=steps), device=device)
-    encoded = pipeline.encode(
-        Clip(prompts=prompts, size=size, frames=sampling.frames), watch := Watch(device)
-    )
+    encoded = pipeline.encode(clip_of(prompts, sampling), watch)
     seeds = [options.seed + i for i in range(options.count)]
     pipeline.denoise(encoded, seeds, replace(watch, on_progress=on_progress))
     return metric, f"{spoken(attention)}: {100 * sparsity(attention, tokens):.1f} % of blocks left out"

@@ -155,7 +155,13 @@ def _image(figure: "Figure", *, legend: bool = False) -> str:
     if legend:
         figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.savefig(buffer := io.BytesIO(), format="svg", metadata={"Date": None})
-    return f'<img alt="plot" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return inline("plot", "svg+xml", buffer)
+
+
+def inline(shows: str, kind: str, content: io.BytesIO) -> str:
+    """A picture as HTML."""
+    data = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="{shows}" src="data:image/{kind};base64,{data}">'
 
 
 def _is_share(name: str, score: Estimate) -> bool:

@@ -4,7 +4,6 @@ Scores with their intervals and plots of them; then each dimension's worst video
 that lost most to the first, as strips of frames; then what failed, and how everything was made.
 """
 
-import base64
 import io
 import json
 import math
@@ -20,7 +19,7 @@ from PIL import Image
 from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.metrics import METRICS
 from evaluation.records import Record
-from evaluation.report_figures import Estimate, figures
+from evaluation.report_figures import Estimate, figures, inline
 from evaluation.videos import decode, middle
 from turbodiffusion.errors import UserError
 
@@ -161,9 +160,7 @@ def strip(path: Path) -> str:
     wide = Image.fromarray(chosen.transpose(0, 1).reshape(height, frames * width, 3).numpy())
     small = wide.resize((max(1, round(wide.width * HEIGHT / height)), HEIGHT), Image.Resampling.LANCZOS)
     small.save(buffer := io.BytesIO(), "JPEG", quality=80)
-    return (
-        f'<img alt="frames" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"><br>'
-    )
+    return f"{inline('frames', 'jpeg', buffer)}<br>"
 
 
 def _listed(runs: Sequence[Run], key: str, heading: str) -> Iterator[str]:

@@ -92,18 +92,21 @@ def first_frames(prompts: list[Prompt], sprites: Sprites, seed: int) -> Tensor:
     return render(scenes, sprites)[:, :, 0]
 
 
+def clip_of(prompts: list[Prompt], sampling: Sampling, image: Tensor | None = None) -> Clip:
+    """What to make of prompts, as the checkpoint wants its clips."""
+    size = Size(*map(int, sampling.size.split("x")))
+    return Clip(prompts=[prompt.text for prompt in prompts], size=size, frames=sampling.frames, image=image)
+
+
 def generate(
     pipeline: Pipeline, prompts: list[Prompt], sprites: Sprites, options: Options
 ) -> Iterator[Tensor]:
     """Batches of clips (B, 3, 33, 128, 128), sample j with seed + j."""
-    sampling = pipeline.sampling
-    size = Size(*map(int, sampling.size.split("x")))
     for start in track(range(0, len(prompts), options.batch), "generating"):
         part = prompts[start : start + options.batch]
         seeds = [options.seed + start + i for i in range(len(part))]
         image = first_frames(part, sprites, options.seed + start) if options.image else None
-        clip = Clip(prompts=[p.text for p in part], size=size, frames=sampling.frames, image=image)
-        yield pipeline(clip, seeds).frames
+        yield pipeline(clip_of(part, pipeline.sampling, image), seeds).frames
 
 
 def contact_sheet(clips: Tensor, path: Path, columns: int = 9) -> None:

@@ -32,16 +32,15 @@ from torch import Tensor
 
 from evaluation.command import heading, line, run
 from evaluation.distribution import COARSE, FINE, features, frechet_distance, spread
-from evaluation.oracle import Oracle, Reading, accuracy
-from evaluation.small_world import Setting, load_models, wanted
+from evaluation.oracle import Accuracy, Oracle, Reading, accuracy
+from evaluation.small_world import Setting, clip_of, load_models, wanted
 from turbodiffusion.attention import sparsity
 from turbodiffusion.checkpoints import LoadedNetwork, load_network
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import PATCH, WanModel
-from turbodiffusion.pipelines.generate import Clip, Encoded, Pipeline, Watch
-from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.pipelines.generate import Encoded, Pipeline, Watch
 from turbodiffusion.small_world.captions import held_out_prompts
 from turbodiffusion.small_world.sprites import load_sprites
 from turbodiffusion.variants import CONFIGS, Sampling
@@ -63,13 +62,9 @@ class Options(Setting):
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Accuracy):
     """One model at one number of steps.  distance: None of too few clips."""
 
-    subject: float
-    motion: float
-    background: float
-    all_three: float
     distance: float | None
     diversity: float
     latent_mse: float
@@ -155,10 +150,8 @@ def ask(pipeline: Pipeline, options: Options) -> Questions:
             f"diversity_prompts={few}"
         )
     prompts = held_out_prompts(count, options.split)
-    size = Size(*map(int, pipeline.sampling.size.split("x")))
-    clip = Clip(prompts=[prompt.text for prompt in prompts], size=size, frames=pipeline.sampling.frames)
     rows = torch.cat((torch.arange(count), torch.arange(few).repeat_interleave(seeds)))
-    encoded = pipeline.encode(clip, Watch(pipeline.device))
+    encoded = pipeline.encode(clip_of(prompts, pipeline.sampling), Watch(pipeline.device))
     return Questions(encoded, wanted(prompts), rows, [options.seed + i for i in range(len(rows))])
 
 

@@ -56,6 +56,11 @@ def random_network(row: Variant, device: torch.device, dtype: torch.dtype) -> Wa
     return network
 
 
+def twin(network: WanModel) -> WanModel:
+    """Another of the same weights."""
+    return deepcopy(network, {id(p): p for p in network.parameters()})
+
+
 def latent_size(row: Variant, size: str, frames: int) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip of WIDTHxHEIGHT pixels."""
     factor = 16 if row.vae == "wan2.2" else 8
@@ -113,8 +118,7 @@ def tables(options: Options) -> Tables:
     device, row, names = torch.device(options.device), variant(options.variant), options.attention.split(",")
     network = random_network(row, device, torch.bfloat16)
     print(f"errors {gate(network, row, names, options)}")
-    # of one set of weights
-    networks = {name: deepcopy(network, {id(p): p for p in network.parameters()}) for name in names}
+    networks = {name: twin(network) for name in names}
     for name, each in networks.items():
         attend(each, name, options, options.ratio)
         for block in each.shard_units() if options.compile else ():

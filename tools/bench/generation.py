@@ -2,8 +2,8 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from kernels.selftest import unfused
-from tools.bench.forward import attend, gate, latent_size, network_inputs, random_network, randomize
+from tools.bench.forward import attend, gate, latent_size, network_inputs, random_network, randomize, twin
 from tools.bench.vae import random_vae
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.int8 import to_eight_bits
@@ -135,16 +135,12 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
     return statistics.median(spent[1:])
 
 
-@contextmanager
-def compiled(network: WanModel) -> Iterator[None]:
-    """Within, the network's blocks run as torch.compile makes them."""
-    for block in network.shard_units():
-        block.forward = torch.compile(block.forward, dynamic=False)
-    try:
-        yield
-    finally:
-        for block in network.shard_units():
-            del block.forward
+def compiled(network: WanModel) -> WanModel:
+    """Another of the same weights, whose blocks run as torch.compile makes them."""
+    other = twin(network)
+    for block in other.shard_units():
+        block.compile(dynamic=False)
+    return other
 
 
 @torch.no_grad()
@@ -154,16 +150,16 @@ def compare(models: Models, row: Variant, options: Options, result: Measured) ->
     inputs = network_inputs(row, latent_size(row, options.size, options.frames), device)
     # of attention alone: in 8 bits other errors are those of the quantised network
     gate(models.network, row, ["dense", options.attention], options)
-    time = partial(seconds, partial(models.network, **inputs), device, options.repeats)
+    time = partial(seconds, device=device, repeats=options.repeats)
     for way in ways(options):
         change(models, way, options)
         with nullcontext() if way.is_fused else unfused():
-            result.forwards[way.label] = time()
+            result.forwards[way.label] = time(partial(models.network, **inputs))
         if way.label == "dense":
             result.dense["eager"] = result.forwards[way.label]
             if options.compile:
-                with unfused(), compiled(models.network):
-                    result.dense["blocks compiled"] = time()
+                with unfused():
+                    result.dense["blocks compiled"] = time(partial(compiled(models.network), **inputs))
 
 
 def build(models: Models, row: Variant, options: Options) -> Pipeline:
