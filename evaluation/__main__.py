@@ -20,7 +20,7 @@ import torch
 from omegaconf import MISSING
 from rich.console import Console
 
-from evaluation.command import run
+from evaluation.command import run, write
 from evaluation.export import RESULTS, UPSTREAM, upstream
 from evaluation.metrics import Upstream, VideoMetric, make_metrics
 from evaluation.prompts import Suite, read_prompts
@@ -29,7 +29,6 @@ from evaluation.report import markdown, summarise
 from evaluation.report_page import page, read_run
 from evaluation.runner import collect, plan, score_all, wait_for_all
 from evaluation.videos import Found, find_videos
-from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.parallel import own_device, started
@@ -69,7 +68,7 @@ def evaluate(options: Options) -> None:
         records = collect(tasks, out)
         made = {"options": asdict(options), "videos": str(folder.absolute()), "environment": environment()}
         write_json(out / "run.json", made)
-        results = write(out, metrics, records, found, suite)
+        results = written(out, metrics, records, found, suite)
         Console().print(markdown(results, out.name), markup=False, soft_wrap=True)
         if lost := {failure["video"] for failure in results["failures"]}:
             raise UserError(
@@ -77,7 +76,7 @@ def evaluate(options: Options) -> None:
             )
 
 
-def write(
+def written(
     out: Path, metrics: Mapping[str, VideoMetric], records: list[Record], found: Found, suite: Suite | None
 ) -> dict[str, object]:
     """Write the files of a run -> the content of its results.json."""
@@ -86,13 +85,8 @@ def write(
     raw = {name: each["raw"] for name, each in results["dimensions"].items() if each["raw"] is not None}
     write_json(out / RESULTS, results)
     write_json(out / UPSTREAM, upstream(records, raw, folder))
-    for name, text in {
-        "records.jsonl": "".join(map(line_of, records)),
-        "report.md": markdown(results, out.name),
-        "report.html": page(out.name, [read_run(out, out.name, records)]),
-    }.items():
-        with appearing(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+    texts = {"records.jsonl": "".join(map(line_of, records)), "report.md": markdown(results, out.name)}
+    write(out, texts | {"report.html": page(out.name, [read_run(out, out.name, records)])})
     return results
 
 

@@ -1,10 +1,12 @@
-"""What the commands share: their command lines, and tables in Markdown."""
+"""What the commands share: their command lines, files of text, and tables in Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from omegaconf import OmegaConf
 
+from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.cli import one_sentence
 
 Options = TypeVar("Options")
@@ -15,6 +17,13 @@ def run(kind: type[Options], task: Callable[[Options], object]) -> None:
     with one_sentence():
         options = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_cli())
         task(OmegaConf.to_object(options))
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Files of a folder by name, each of which appears whole."""
+    for name, text in texts.items():
+        with appearing(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def line(cells: Iterable[str]) -> str:

@@ -15,12 +15,11 @@ from pathlib import Path
 from rich.console import Console
 
 from evaluation.bootstrap import draws, interval, scores, sums
-from evaluation.command import heading, line, run
+from evaluation.command import heading, line, run, write
 from evaluation.export import read_upstream
 from evaluation.records import Record, read_records
 from evaluation.report_page import page, read_run, table
 from evaluation.vbench import GROUPS
-from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 
@@ -105,16 +104,11 @@ def report(options: Options) -> None:
     Console().print("\n".join(made), markup=False, soft_wrap=True)
     if options.out is not None:
         folder = Path(options.out).expanduser()
-        runs = [
-            read_run(path, name, records)
-            for path, (name, records) in zip(paths, (first, *others), strict=True)
-        ]
+        runs = [read_run(path, *named) for path, named in zip(paths, (first, *others), strict=True)]
         html = page(folder.name, runs, f"<h2>Differences</h2>{table(HEADINGS, rows)}")
         content = {"first_run": first[0], "differences": [asdict(each) for each in differences]}
         write_json(folder / "compare.json", content)
-        for name, text in {"compare.md": "\n".join(made) + "\n", "report.html": html}.items():
-            with appearing(folder / name) as part:
-                part.write_text(text, encoding="utf-8")
+        write(folder, {"compare.md": "\n".join(made) + "\n", "report.html": html})
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from evaluation.__main__ import Options as Scoring
 from evaluation.__main__ import evaluate
+from evaluation.command import write
 from evaluation.metrics import DETECTED, METRICS, Upstream, make_metrics
 from evaluation.prompts import Suite, read_prompts
 from evaluation.runner import wait_for_all
 from evaluation.vbench import I2V, T2V
-from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.errors import UserError
 from turbodiffusion.parallel import own_device, started
 from turbodiffusion.pipelines.command import generate
@@ -60,8 +60,7 @@ def generate_and_score(options: Options) -> None:
     share = list(_items(options, suite, file))[rank::world]
     videos = out / "videos"
     if share:
-        with appearing(out / f"prompts-{rank}.jsonl") as part:
-            part.write_text("".join(json.dumps(item) + "\n" for item in share))
+        write(out, {f"prompts-{rank}.jsonl": "".join(json.dumps(item) + "\n" for item in share)})
         own = {"prompt_file": str(out / f"prompts-{rank}.jsonl"), "out": str(videos), "device": str(device)}
         samples = {"num_samples": suite.samples or options.num_samples, "naming": "{name}-{sample}"}
         cleared = dict.fromkeys(("image", "evaluation", "dims", "augmented", "upstream"))
@@ -76,8 +75,7 @@ def _prompt_file(options: Options, out: Path) -> Path:
     """The file of prompts, written if it is the small world's; UserError says where to get another."""
     kind, given = options.evaluation, options.prompt_file
     if given is None and kind == "tiny":
-        with appearing(out / "prompts.txt") as part:
-            part.write_text("".join(f"{prompt.text}\n" for prompt in held_out_prompts(TINY)))
+        write(out, {"prompts.txt": "".join(f"{prompt.text}\n" for prompt in held_out_prompts(TINY))})
         return out / "prompts.txt"
     if given is None or not (file := Path(given).expanduser()).is_file():
         lost = "" if given is None else f"{given} does not exist: "

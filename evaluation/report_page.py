@@ -27,17 +27,7 @@ SHOWN = 3  # worst videos of a dimension, each of another prompt
 FRAMES, HEIGHT = 8, 112  # of a strip, and its pixels
 Key = tuple[str, str]  # dimension and video
 LISTED = 100  # failures and the like, of each kind
-_STYLE = """
-body {font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2rem auto}
-h1, h2, h3 {line-height: 1.2} h2 {margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem}
-table {border-collapse: collapse; margin: .8rem 0}
-th, td {padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5}
-td {text-align: right; font-variant-numeric: tabular-nums} th {text-align: left; font-weight: 600}
-td small, .quiet {color: #666} .wrap td {text-align: left; overflow-wrap: anywhere}
-img {max-width: 100%; vertical-align: middle; margin-bottom: 2px}
-figure {margin: .6rem 0} figcaption {margin-bottom: .2rem}
-.plots img {margin: .5rem 1rem .5rem 0} ul {padding-left: 1.2rem} li {overflow-wrap: anywhere}
-"""
+_STYLE = Path(__file__).with_suffix(".css").read_text()
 
 
 @dataclass(frozen=True)

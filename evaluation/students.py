@@ -30,13 +30,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from evaluation.command import heading, line, run
+from evaluation.command import heading, line, run, write
 from evaluation.distribution import COARSE, FINE, features, frechet_distance, spread
 from evaluation.oracle import Accuracy, Oracle, Reading, accuracy
 from evaluation.small_world import Setting, clip_of, load_models, wanted
 from turbodiffusion.attention import sparsity
 from turbodiffusion.checkpoints import LoadedNetwork, load_network
-from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.wan import PATCH, WanModel
@@ -255,8 +254,7 @@ def report(options: Options) -> None:
         lines.append(row.line())
         console.print("\n".join(lines[-1:] if rows[1:] else lines), markup=False, soft_wrap=True)
         write_json(folder / "students.json", {"options": asdict(options), "rows": rows})
-        with appearing(folder / "students.md") as part:
-            part.write_text("\n".join(lines) + "\n")
+        write(folder, {"students.md": "\n".join(lines) + "\n"})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ Constants and formulas are those of VBench (arXiv:2311.17982) and VBench-I2V (ar
 leaderboard computes them.  Raw scores and totals are in [0, 1] here; the leaderboard prints them times 100.
 """
 
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -67,59 +69,20 @@ class Board:
         )
 
 
-_QUALITY = {
-    "subject_consistency": Dimension(low=0.1462),
-    "background_consistency": Dimension(low=0.2615),
-    "temporal_flickering": Dimension(low=0.6293),
-    "motion_smoothness": Dimension(low=0.706, high=0.9975),
-    "dynamic_degree": Dimension(weight=0.5, is_boolean=True),
-    "aesthetic_quality": Dimension(),
-    "imaging_quality": Dimension(scale=100),
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+_GROUPS = {
+    group: {name: Dimension(**row) for name, row in _TABLE[group].items()}
+    for group in ("quality", "semantic", "i2v")
 }
-_SEMANTIC = {
-    "object_class": Dimension(),
-    "multiple_objects": Dimension(),
-    "human_action": Dimension(is_boolean=True),
-    "color": Dimension(),
-    "spatial_relationship": Dimension(),
-    "scene": Dimension(high=0.8222),
-    "appearance_style": Dimension(low=0.0009, high=0.2855),
-    "temporal_style": Dimension(high=0.364),
-    "overall_consistency": Dimension(high=0.364),
-}
-_FROM_IMAGE = {
-    "i2v_subject": Dimension(low=0.1462),
-    "i2v_background": Dimension(low=0.2615),
-    "camera_motion": Dimension(weight=0.1),
-}
+_I2V_QUALITY = {name: each for name, each in _GROUPS["quality"].items() if name != "temporal_flickering"}
 
-T2V = Board({"quality": _QUALITY, "semantic": _SEMANTIC}, {"quality": 4, "semantic": 1})
-I2V = Board(
-    {
-        "quality": {name: each for name, each in _QUALITY.items() if name != "temporal_flickering"},
-        "i2v": _FROM_IMAGE,
-    },
-    {"quality": 1, "i2v": 1},
-)
+T2V = Board({name: _GROUPS[name] for name in ("quality", "semantic")}, {"quality": 4, "semantic": 1})
+I2V = Board({"quality": _I2V_QUALITY, "i2v": _GROUPS["i2v"]}, {"quality": 1, "i2v": 1})
+PUBLISHED: dict[str, list[float]] = _TABLE["published"]
 DIMENSIONS = T2V.dimensions | I2V.dimensions
 GROUPS = (*T2V.groups, "i2v", "total")  # what totals are called
 
 
 def board_of(dimensions: Iterable[str]) -> Board:
     """The leaderboard that has these."""
-    return T2V if _FROM_IMAGE.keys().isdisjoint(dimensions) else I2V
-
-
-# quality, semantic and total of published rows, times 100; steps, 50 of them guided.  The same checkpoint
-# spans more than a point between papers, whose prompts, seeds and cards differ.
-PUBLISHED = {
-    "Wan2.1 1.3B, 50 steps (arXiv:2503.20314)": (84.92, 80.10, 83.96),
-    "Wan2.1 1.3B, 50 steps (arXiv:2510.08431)": (83.95, 79.26, 83.02),
-    "Wan2.1 1.3B, 50 steps (arXiv:2505.13389)": (83.71, 77.98, 82.56),
-    "DMD2 1.3B, 4 steps (arXiv:2510.08431)": (85.58, 80.50, 84.56),
-    "rCM 1.3B, 4 steps (arXiv:2510.08431)": (85.38, 80.63, 84.43),
-    "rCM 1.3B, 2 steps (arXiv:2510.08431)": (84.90, 80.86, 84.09),
-    "rCM 1.3B, 1 step (arXiv:2510.08431)": (83.60, 78.82, 82.65),
-    "Wan2.1 14B, 50 steps (arXiv:2510.08431)": (84.26, 80.92, 83.58),
-    "rCM 14B, 4 steps (arXiv:2510.08431)": (85.43, 82.88, 84.92),
-}
+    return T2V if _GROUPS["i2v"].keys().isdisjoint(dimensions) else I2V

@@ -56,9 +56,9 @@ def random_network(row: Variant, device: torch.device, dtype: torch.dtype) -> Wa
     return network
 
 
-def twin(network: WanModel) -> WanModel:
+def twin(module: nn.Module) -> nn.Module:
     """Another of the same weights."""
-    return deepcopy(network, {id(p): p for p in network.parameters()})
+    return deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def latent_size(row: Variant, size: str, frames: int) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -76,16 +77,6 @@ class Options:
     device: str = "cuda"
 
 
-@dataclass(frozen=True)
-class OneClip:
-    """The same example in every batch."""
-
-    example: Example
-
-    def batch(self, number: int) -> Example:
-        return self.example
-
-
 class Timed:
     """An objective whose passes and backwards are marked: seconds by loss and part, and of the rest."""
 
@@ -133,8 +124,9 @@ def trainer(options: Options, mode: str, example: Example, clock: Clock, folder:
     objective = Timed(method.build(student, teacher, critic, negative), clock)
     optims = {role: instantiate(optim) for role, optim in config.optims.items()}
     plan = replace(instantiate(config.plan), accumulate=1)
+    one_clip = SimpleNamespace(batch=lambda number: example)
     # what a run makes at its end is not reached
-    return Trainer(Parts(objective, OneClip(example), None), optims=optims, plan=plan, folder=folder)
+    return Trainer(Parts(objective, one_clip, None), optims=optims, plan=plan, folder=folder)
 
 
 def time_turn(trainer: Trainer, clock: Clock, step: int) -> dict[Key, list[float]]:
