@@ -111,8 +111,9 @@ def measure(options: Options) -> tuple[AttentionFidelity, str]:
     """Sample and watch -> what was seen, and the attention on trial in words."""
     models, sampling = load_models(options, options.ckpt)
     network, device = models.network, torch.device(options.device)
-    given = {name: getattr(options, name) for name in ("ratio", "block_q", "block_k")}
-    network.set_attention({"name": options.attention} | {n: x for n, x in given.items() if x is not None})
+    sizes = ("ratio", "block_q", "block_k")
+    given = {name: x for name in sizes if (x := getattr(options, name)) is not None}
+    network.set_attention({"name": options.attention} | given)
     attention, trials = network.config["attention"], [block.self_attn.core for block in network.blocks]
     network.set_attention({"name": options.against}, drop_linear=True)
     steps = options.steps or sampling.steps

@@ -100,10 +100,8 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, object]]:
     elif path.suffix in (".txt", ".jsonl"):
         for i, line in enumerate(text.splitlines(), 1):
             if line.strip():
-                yield (
-                    f"{path} line {i}",
-                    json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()},
-                )
+                entry = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+                yield f"{path} line {i}", entry
     else:
         raise UserError(f"{path}: a prompt file ends in .txt, .json or .jsonl")
 

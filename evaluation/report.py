@@ -7,6 +7,7 @@ from dataclasses import asdict
 from statistics import median
 
 from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.command import heading, line
 from evaluation.metrics import VideoMetric
 from evaluation.prompts import Suite
 from evaluation.records import Record
@@ -14,6 +15,7 @@ from evaluation.vbench import DIMENSIONS, board_of
 from evaluation.videos import Found, Video
 
 _SHOWN = 20  # missing files that the report lists
+MISSING = "Missing"
 # what is told of how videos were generated
 _TOLD = (
     *("ckpt", "sampler", "steps", "guidance", "shift", "size", "frames", "fps", "crf"),
@@ -49,9 +51,8 @@ def _generation(videos: Sequence[Video]) -> dict[str, object] | None:
     """What the records of infer.py beside videos say: the options that all share, and seconds a video."""
     options, seconds = [], []
     for video in videos:
-        with suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError
-        ):  # some other file, or none
+        # some other file, or none
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             record = json.loads(video.path.with_suffix(".json").read_text())
             seconds.append(sum(record["seconds"].values()))
             options.append({name: record["options"][name] for name in _TOLD})
@@ -97,29 +98,34 @@ def _notes(
         yield "temporal_flickering looked at all videos, not only at those that a filter found static"
 
 
+def beside(results: Mapping[str, object]) -> dict[str, list[str]]:
+    """What is told beside the scores, by heading; parts of the results may not be there."""
+    # what keeps a video from being read it says once for every dimension
+    lost = ((each["video"], each["reason"].splitlines()[-1]) for each in results.get("failures", ()))
+    left_out = results.get("left_out", {}).items()
+    return {
+        "Not comparable with the leaderboard, because": results.get("notes", []),
+        "Failed": [f"{video} {reason}" for video, reason in dict.fromkeys(lost)],
+        "Left out": [f"{name} {reason}" for name, reason in left_out],
+        MISSING: results.get("missing_videos", []),
+    }
+
+
 def markdown(results: Mapping[str, object], title: str) -> str:
     """The report."""
-    made = [f"# {title}", "", "| dimension | raw | 95 % | normalised | prompts | videos | failed |"]
-    made.append("|---|" + "---:|" * 6)
+    counts = "prompts", "videos", "failed"
+    made = [f"# {title}", "", *heading(["dimension", "raw", "95 %", "normalised", *counts])]
     for name, each in results["dimensions"].items():
         between = "n/a" if each["interval"] is None else "{:.4f} to {:.4f}".format(*each["interval"])
         cells = [name, _number(each["raw"]), between, _number(each["normalised"])]
-        made.append(
-            f"| {' | '.join([*cells, *(str(each[key]) for key in ('prompts', 'videos', 'failed'))])} |"
-        )
+        made.append(line([*cells, *(str(each[count]) for count in counts)]))
     if (totals := results["totals"]) is not None:
         made += ["", *_totals(totals)]
-    # what keeps a video from being read it says once for every dimension
-    failed = [f"{each['video']} {each['reason'].splitlines()[-1]}" for each in results["failures"]]
-    missing = results["missing_videos"]
-    for heading, entries in (
-        ("Not comparable with the leaderboard, because", results["notes"]),
-        ("Failed", list(dict.fromkeys(failed))),
-        ("Left out", [f"{name} {reason}" for name, reason in results["left_out"].items()]),
-        ("Missing", missing[:_SHOWN] + ["..."] * (len(missing) > _SHOWN)),
-    ):
+    for about, entries in beside(results).items():
+        if about == MISSING:
+            entries = entries[:_SHOWN] + ["..."] * (len(entries) > _SHOWN)
         if entries:
-            made += ["", f"## {heading}", "", *(f"- {entry}" for entry in entries)]
+            made += ["", f"## {about}", "", *(f"- {entry}" for entry in entries)]
     return "\n".join(made) + "\n"
 
 

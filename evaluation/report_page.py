@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from evaluation.bootstrap import draws, interval, scores, sums
 from evaluation.metrics import METRICS
 from evaluation.records import Record
+from evaluation.report import beside
 from evaluation.report_figures import Estimate, figures, inline
 from evaluation.videos import decode, middle
 from turbodiffusion.errors import UserError
@@ -57,17 +59,16 @@ def page(title: str, runs: Sequence[Run], middle_part: str = "") -> str:
     estimates = {run.name: run.estimates() for run in runs}
     seconds = {run.name: (run.results.get("generation") or {}).get("seconds") for run in runs}
     plots = "".join(figures(estimates, seconds))
+    notes, *others = (_listed(runs, about) for about in beside({}))
     parts = [
         f"<h1>{escape(title)}</h1>",
-        *_listed(runs, "notes", "Not comparable with the leaderboard, because"),
+        *notes,
         "<h2>Scores</h2>",
         _score_table(estimates),
         middle_part,
         f'<div class="plots">{plots}</div>',
         *_worst(runs),
-        *_listed(runs, "failures", "Failed"),
-        *_listed(runs, "left_out", "Left out"),
-        *_listed(runs, "missing_videos", "Missing"),
+        *chain(*others),
         *_made(runs),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
@@ -153,22 +154,17 @@ def strip(path: Path) -> str:
     return f"{inline('frames', 'jpeg', buffer)}<br>"
 
 
-def _listed(runs: Sequence[Run], key: str, heading: str) -> Iterator[str]:
-    """What results.json lists under a key, with the runs that have it where not all do."""
+def _listed(runs: Sequence[Run], about: str) -> Iterator[str]:
+    """What the results tell under a heading, with the runs that have it where not all do."""
     having: dict[str, list[str]] = {}
     for run in runs:
-        found = run.results.get(key) or []
-        if key == "failures":
-            found = dict.fromkeys(f"{each['video']} {each['reason'].splitlines()[-1]}" for each in found)
-        elif isinstance(found, Mapping):
-            found = [f"{name} {reason}" for name, reason in found.items()]
-        for entry in found:
+        for entry in beside(run.results)[about]:
             having.setdefault(entry, []).append(run.name)
     if having:
         entries = [e if len(at) == len(runs) else f"{', '.join(at)}: {e}" for e, at in having.items()]
         more = [f"and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
         items = "".join(f"<li>{escape(entry)}</li>" for entry in entries[:LISTED] + more)
-        yield f"<h2>{escape(heading)}</h2><ul>{items}</ul>"
+        yield f"<h2>{escape(about)}</h2><ul>{items}</ul>"
 
 
 def _made(runs: Sequence[Run]) -> Iterator[str]:

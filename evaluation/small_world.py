@@ -74,9 +74,7 @@ def load_pipeline(options: Options) -> Pipeline:
     """The models named on the command line, with their sampling defaults overridden by it."""
     models, sampling = load_models(options, options.ckpt)
     sampling = choose_sampler(sampling, options.sampler, "i2v" if options.image else "t2v")
-    given = {
-        name: getattr(options, name) for name in ("steps", "guidance") if getattr(options, name) is not None
-    }
+    given = {name: x for name in ("steps", "guidance") if (x := getattr(options, name)) is not None}
     return Pipeline(models, replace(sampling, **given), device=torch.device(options.device))
 
 

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,8 @@ class Plan:
 
     def jobs(self, options: Options) -> dict[str, Job]:
         """Everything that is to be run, by name."""
-        jobs = [self._training(name, seed, options) for name in self.train for seed in self.seeds(name)]
-        jobs += [self._making(name, seed, options) for name in self.make for seed in self.seeds(name)]
+        made = self.train | self.make
+        jobs = [self._making(name, seed, options) for name in made for seed in self.seeds(name)]
         jobs += [self._scoring(name, options) for name in self.scores]
         tables = ",".join(str(self.folder / name / "students.json") for name in self.scores)
         for name, said in self.plots.items():
@@ -97,16 +97,15 @@ class Plan:
             jobs += self._running(options)
         return {job.name: job for job in jobs}
 
-    def _training(self, name: str, seed: int, options: Options) -> Job:
-        words, needs = self._filled(self.train[name]["words"], seed, options)
-        own = (f"name={name}_{seed}", f"out={self.folder}", f"seed={seed}")
-        start = (*options.launch.split(), str(ROOT / "train.py"))
-        return _job(f"{name}_{seed}", (*start, *words, *options.train.split(), *own), needs)
-
     def _making(self, name: str, seed: int, options: Options) -> Job:
-        words, needs = self._filled(self.make[name]["words"], seed, options)
-        start = ("-m", f"tools.{self.make[name]['tool']}")
-        return _job(f"{name}_{seed}", (*start, *words, f"dst={self.file(name, seed)}"), needs)
+        """A training, or what a tool makes of its results."""
+        words, needs = self._filled((self.train | self.make)[name]["words"], seed, options)
+        if name in self.make:
+            words = ["-m", f"tools.{self.make[name]['tool']}", *words, f"dst={self.file(name, seed)}"]
+        else:
+            words = [*options.launch.split(), str(ROOT / "train.py"), *words, *options.train.split()]
+            words += [f"name={name}_{seed}", f"out={self.folder}", f"seed={seed}"]
+        return _job(f"{name}_{seed}", words, needs)
 
     def _scoring(self, name: str, options: Options) -> Job:
         groups, needs = [], set()
@@ -202,7 +201,7 @@ def ablate(options: Options) -> str:
     return f"{page} is written"
 
 
-def _job(name: str, words: tuple[str, ...], needs: set[str]) -> Job:
+def _job(name: str, words: Iterable[str], needs: set[str]) -> Job:
     return Job(name, (sys.executable, *words), frozenset(needs))
 
 

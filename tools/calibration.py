@@ -107,20 +107,19 @@ class Comparison:
                 "does not: leave it away, and compare runs of infer.py with quant=none and quant=auto"
             )
         kinds = ("vae", "text_encoder")
-        files = {kind: locate(kind, getattr(row, kind), report.path) for kind in kinds}
+        self.files = {kind: locate(kind, getattr(row, kind), report.path) for kind in kinds}
         self.sampling = replace(report.sampling, steps=steps or report.sampling.steps)
         self.device = pick_device(device)
-        where = {"device": self.device, "dtype": pick_dtype(dtype, self.device)}
-        self._load = partial(load_network, variant=row.name, ema=ema, **where)
-        self._encoders = lambda: {
-            "vae": load_vae(files["vae"], **where),
-            "text_encoder": load_text_encoder(files["text_encoder"], **where),
-        }
+        self.where = {"device": self.device, "dtype": pick_dtype(dtype, self.device)}
+        self._load = partial(load_network, variant=row.name, ema=ema, **self.where)
 
     @cached_property
     def models(self) -> Models:
         """The original; loaded when it first runs."""
-        return Models(network=self._load(self.report.path).network, **self._encoders())
+        vae = load_vae(self.files["vae"], **self.where)
+        text_encoder = load_text_encoder(self.files["text_encoder"], **self.where)
+        network = self._load(self.report.path).network
+        return Models(network=network, vae=vae, text_encoder=text_encoder)
 
     def run_inputs(self, *, products: bool) -> dict[str, Inputs]:
         """What the original's layers read."""

@@ -125,8 +125,7 @@ def in_eight_bits(
     checkpoint: Checkpoint, comparison: Comparison, options: Options, scheme: str
 ) -> tuple[dict[str, EightBits], Callable[[Entries], Entries]]:
     """The linear layers in 8 bits, as the options say, and how the network's tensors change beside them."""
-    layers, floats = checkpoint.report.linear, checkpoint.floats(torch.float32)
-    inputs, changed, by, quantise = {}, dict, {}, {}
+    floats, inputs, changed, by = checkpoint.floats(torch.float32), {}, dict, {}
     if options.smooth or options.gptq:
         inputs = comparison.run_inputs(products=options.gptq)
     if options.smooth:
@@ -135,13 +134,11 @@ def in_eight_bits(
         comparison.smooth(smoothing)
         changed, by = smoothing.entries, smoothing.columns
         floats = changed(floats)
-    if options.gptq:
-        quantise = {
-            layer: once(inputs[layer].products, by.get(f"{layer}.weight"), scheme) for layer in layers
-        }
-    eight = {
-        layer: EightBits(layer, floats[f"{layer}.weight"], scheme, quantise.get(layer)) for layer in layers
-    }
+    eight = {}
+    for layer in checkpoint.report.linear:
+        weight = f"{layer}.weight"
+        quantise = once(inputs[layer].products, by.get(weight), scheme) if options.gptq else None
+        eight[layer] = EightBits(layer, floats[weight], scheme, quantise)
     return eight, changed
 
 

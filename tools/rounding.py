@@ -38,10 +38,8 @@ def round_jointly(weight: Tensor, products: Tensor, scheme: str) -> tuple[Tensor
 
 def _factors(products: Tensor) -> Tensor:
     """Upper triangular U, U^T U being the inverse of the products: how later columns make up for a column."""
-    products = products.double()
-    products = products + DAMPING * products.diagonal().mean().clamp(min=1e-12) * torch.eye(len(products)).to(
-        products
-    )
+    products = products.double().clone()
+    products.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-12))
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(products)), upper=True)
 
 

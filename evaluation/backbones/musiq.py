@@ -104,15 +104,11 @@ def load_musiq(path: Path, device: torch.device) -> Musiq:
     state = {}
     for name, x in read_state(path).items():
         name = re.sub(r"^transformer_encoder\.((posembed|scaleembed)_input\.)?", "", name)
-        name = re.sub(r"^transformer\.encoderblock_", "blocks.", name).replace(
-            ".attention.out.", ".attn.proj."
-        )
-        state[name] = x
+        name = re.sub(r"^transformer\.encoderblock_", "blocks.", name)
+        state[name.replace(".attention.out.", ".attn.proj.")] = x
     for name in [name for name in state if ".attention.query." in name]:
         parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         state[name.replace("attention.query", "attn.qkv")] = torch.cat(parts)
-    width = len(state["embedding.bias"])
+    width, stem = (len(state[f"{layer}.bias"]) for layer in ("embedding", "gn_root"))
     layers = sum(name.endswith(".norm1.weight") for name in state)
-    return filled(lambda: Musiq(width=width, layers=layers, stem=len(state["gn_root.bias"])), state, path).to(
-        device
-    )
+    return filled(lambda: Musiq(width=width, layers=layers, stem=stem), state, path).to(device)

@@ -26,14 +26,13 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(channels, out, 3, stride, 1), norm(out)
         self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1), norm(out)
-        self.downsample = (
-            nn.Sequential(nn.Conv2d(channels, out, 1, stride), norm(out)) if stride > 1 else None
-        )
+        shorter = (nn.Conv2d(channels, out, 1, stride), norm(out)) if stride > 1 else ()
+        self.downsample = nn.Sequential(*shorter)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x)).relu()
         y = self.norm2(self.conv2(y)).relu()
-        return (y + (x if self.downsample is None else self.downsample(x))).relu()
+        return (y + self.downsample(x)).relu()
 
 
 def _encoder(norm: Callable[[int], nn.Module]) -> Encoder:
