@@ -80,7 +80,9 @@ def norm_kernel(
             tile = _load_biased(x_ptr, bias_ptr, i, left, C, CHUNK, ROWS)
             tiles += (tile,)
             total += tl.sum(tile * tile, 1)
-        scale = tl.sqrt(C + 0.0) / tl.maximum(tl.sqrt(total), EPS)
+        # of a NaN and a number, maximum takes the number unless told
+        size = tl.maximum(tl.sqrt(total), EPS, propagate_nan=tl.PropagateNan.ALL)
+        scale = tl.sqrt(C + 0.0) / size
         for i in tl.static_range(len(tiles)):
             tile = tiles[i] * scale[:, None] * _load_row(gamma_ptr, i, C, CHUNK)
             _store(y_ptr, tile / (1 + tl.exp(-tile)), i, 1, left, C, CHUNK, ROWS)

@@ -39,6 +39,6 @@ def test_products_lose_no_more_than_pytorchs_kernel(dtype: torch.dtype) -> None:
     inputs = draw(dtype, "cuda", tokens=1000)
     truth = definition(*inputs)
     lost, kept = ((op(*inputs).double() - truth).norm() for op in (ops.fused, ops.by_products))
-    # queries are rounded once more than there
+    # weights are rounded once divided by their sum, there before
     assert kept < 2 * lost
     assert torch.equal(ops.wide_attention(*inputs), ops.by_products(*inputs))
