@@ -40,6 +40,14 @@ def scores(tables: Mapping[str, Tensor], drawn: Tensor) -> dict[str, Tensor]:
     return raw | totals.groups | ({} if totals.total is None else {"total": totals.total})
 
 
+def replicated(
+    records: Iterable[Record], prompts: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The scores of records (1,), and those of all drawings of their prompts (REPLICATES,)."""
+    tables, drawn = sums(records, prompts), draws(len(prompts))
+    return scores(tables, drawn.new_ones(1, len(prompts))), scores(tables, drawn)
+
+
 def interval(values: Tensor) -> list[float]:
     """The middle 95 % of replicates (R,), those that drew nothing of a dimension left out."""
     return values.nanquantile(values.new_tensor([0.025, 0.975])).tolist()

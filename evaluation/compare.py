@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.bootstrap import interval, replicated
 from evaluation.command import heading, line, run, write
 from evaluation.export import read_upstream
 from evaluation.records import Record, read_records
@@ -70,10 +70,8 @@ def compare(baseline: Iterable[Record], other: Iterable[Record], run: str = "") 
     if not shared:
         raise UserError(f"{run} has no video and dimension in common with the first run")
     prompts = sorted({one[key].prompt for key in shared})
-    tables = [sums((side[key] for key in shared), prompts) for side in (one, two)]
-    drawn = draws(len(prompts))
-    points = [scores(table, drawn.new_ones(1, len(prompts))) for table in tables]
-    replicates = [scores(table, drawn) for table in tables]
+    sides = [replicated((side[key] for key in shared), prompts) for side in (one, two)]
+    points, replicates = zip(*sides, strict=True)
     found = []
     for name in points[0]:
         first, second = (float(point[name]) for point in points)

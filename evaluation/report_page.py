@@ -14,10 +14,9 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from evaluation.bootstrap import draws, interval, scores, sums
+from evaluation.bootstrap import interval, replicated
 from evaluation.metrics import METRICS
 from evaluation.records import Record
 from evaluation.report import beside
@@ -43,15 +42,12 @@ class Run:
 
     def estimates(self) -> dict[str, Estimate]:
         """Every score that the records give, with its interval."""
-        scored = [record for record in self.records if record.score is not None]
-        prompts = sorted({record.prompt for record in scored})
-        tables, drawn = sums(scored, prompts), draws(len(prompts) or 1)
-        values = scores(tables, torch.ones(1, len(prompts), dtype=torch.float64))
-        spread = scores(tables, drawn) if len(prompts) > 1 else {}
-        return {
-            name: Estimate(float(value), *(interval(spread[name]) if name in spread else (None, None)))
-            for name, value in values.items()
-        }
+        prompts = sorted({record.prompt for record in self.records if record.score is not None})
+        if not prompts:
+            return {}
+        values, drawn = replicated(self.records, prompts)
+        ends = {name: interval(drawn[name]) if len(prompts) > 1 else (None, None) for name in values}
+        return {name: Estimate(float(value), *ends[name]) for name, value in values.items()}
 
 
 def page(title: str, runs: Sequence[Run], middle_part: str = "") -> str:

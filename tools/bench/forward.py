@@ -21,20 +21,26 @@ from turbodiffusion.variants import Variant, variant
 
 
 @dataclass
-class Options(Timing):
-    """The command line."""
+class Network:
+    """Options of every benchmark of networks: which, at what size, and the blocks of sparse attention."""
 
     variant: str = "wan2.1_t2v_1.3b"
     size: str = "832x480"
     frames: int = 81
-    attention: str = "dense"
     ratio: float = 0.1
     block_q: int = 128
     block_k: int = 64
-    repeats: int = 10
-    calls: int = 1
     device: str = "cuda"
     compile: bool = False
+
+
+@dataclass
+class Options(Timing, Network):
+    """The command line."""
+
+    attention: str = "dense"
+    repeats: int = 10
+    calls: int = 1
 
 
 def randomize(module: nn.Module, device: torch.device, dtype_of: Callable[[str], torch.dtype]) -> None:
@@ -84,14 +90,14 @@ def network_inputs(
     }
 
 
-def attend(network: WanModel, name: str, options: Options, ratio: float) -> None:
+def attend(network: WanModel, name: str, options: Network, ratio: float) -> None:
     """Give the network another kind of attention; its linear branch is zero, which takes as long."""
     sizes = {"ratio": ratio, "block_q": options.block_q, "block_k": options.block_k}
     network.set_attention({"name": name} | ({} if name == "dense" else sizes), drop_linear=True)
 
 
 @torch.no_grad()
-def gate(network: WanModel, row: Variant, names: list[str], options: Options) -> dict[str, float]:
+def gate(network: WanModel, row: Variant, names: list[str], options: Network) -> dict[str, float]:
     """Relative errors of two blocks with every kind of attention, all keys kept, against fp32 and dense."""
     blocks, got = network.blocks, {}
     network.blocks = blocks[:2]

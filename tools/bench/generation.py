@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from kernels.selftest import unfused
-from tools.bench.forward import attend, gate, latent_size, network_inputs, random_network, randomize, twin
+from tools.bench import forward
 from tools.bench.vae import random_vae
 from turbodiffusion.errors import UserError
 from turbodiffusion.models.int8 import to_eight_bits
@@ -37,26 +37,19 @@ FORWARDS = 100
 
 
 @dataclass
-class Options:
+class Options(forward.Network):
     """The command line."""
 
-    variant: str = "wan2.1_t2v_1.3b"
-    size: str = "832x480"
-    frames: int = 81
     steps: int = 4
     guided: bool = False
     attention: str = "sla_int8"
     quant: str = "int8"
-    ratio: float = 0.1
-    block_q: int = 128
-    block_k: int = 64
     graph: str = "auto"
     offload: str = "none"
     cap: float | None = None
     repeats: int = 3
     compare: bool = True
     compile: bool = True
-    device: str = "cuda"
     dst: str | None = None
     kernels: bool = False
 
@@ -104,8 +97,8 @@ def random_models(row: Variant, device: torch.device) -> Models:
     sizes = {name: value for name, value in sizes.items() if name not in ("_target_", "tokenizer")}
     with torch.device("meta"):
         text_encoder = TextEncoder(tokenizer=ByteTokenizer(), **sizes)
-    randomize(text_encoder, device, lambda name: torch.bfloat16)
-    networks = [random_network(row, device, torch.bfloat16) for _ in range(1 + row.experts)]
+    forward.randomize(text_encoder, device, lambda name: torch.bfloat16)
+    networks = [forward.random_network(row, device, torch.bfloat16) for _ in range(1 + row.experts)]
     return Models(
         network=networks[0],
         network_low=networks[1] if row.experts else None,
@@ -118,7 +111,7 @@ def change(models: Models, way: Way, options: Options) -> None:
     """Have the networks run that way; what is in 8 bits stays so."""
     for network in (models.network, models.network_low):
         if network is not None:
-            attend(network, way.attention, options, options.ratio)
+            forward.attend(network, way.attention, options, options.ratio)
             if way.quant != "none" and network.blocks[0].ffn[0].weight.is_floating_point():
                 to_eight_bits(network, quant=way.quant)
 
@@ -137,7 +130,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
 
 def compiled(network: WanModel) -> WanModel:
     """Another of the same weights, whose blocks run as torch.compile makes them."""
-    other = twin(network)
+    other = forward.twin(network)
     for block in other.shard_units():
         block.compile(dynamic=False)
     return other
@@ -147,9 +140,9 @@ def compiled(network: WanModel) -> WanModel:
 def compare(models: Models, row: Variant, options: Options, result: Measured) -> None:
     """Time a forward in every way, which leaves the networks as the options ask."""
     device = torch.device(options.device)
-    inputs = network_inputs(row, latent_size(row, options.size, options.frames), device)
+    inputs = forward.network_inputs(row, forward.latent_size(row, options.size, options.frames), device)
     # of attention alone: in 8 bits other errors are those of the quantised network
-    gate(models.network, row, ["dense", options.attention], options)
+    forward.gate(models.network, row, ["dense", options.attention], options)
     time = partial(seconds, device=device, repeats=options.repeats)
     for way in ways(options):
         change(models, way, options)

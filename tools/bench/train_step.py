@@ -34,7 +34,7 @@ from distill.conditioning import Example
 from distill.objective import Objective, Parts
 from distill.recipes import Hardware
 from distill.trainer import Trainer
-from tools.bench.forward import latent_size, network_inputs, random_network
+from tools.bench.forward import Network, latent_size, network_inputs, random_network
 from tools.bench.train_block import REST, Clock, floors, time_block
 from tools.options import parse
 from turbodiffusion.cli import one_sentence
@@ -60,21 +60,13 @@ FULL_STEP = [*list(PARTS)[:3], ("critic", "training")]
 
 
 @dataclass
-class Options:
+class Options(Network):
     """The command line."""
 
-    variant: str = "wan2.1_t2v_1.3b"
     experiment: str = "rcm_wan1_3b"
-    size: str = "832x480"
-    frames: int = 81
-    ratio: float = 0.1
-    block_q: int = 128
-    block_k: int = 64
     remat: str = "keep_attention,block,none"  # the one that may not fit last
     steps: int = 2
     block: bool = False
-    compile: bool = False
-    device: str = "cuda"
 
 
 class Timed:
