@@ -11,7 +11,7 @@ canvas's path is compared with the curves of all motions (`evaluation/motion.py`
 pixels of half size.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from rich.console import Console
@@ -249,9 +249,8 @@ def report(options: Options) -> None:
         "blur 1 px, noise 0.05": lambda frames: degrade(frames, generator),
         "nothing but noise": lambda frames: torch.randn(frames.shape, generator=generator),
     }
-    table = Table(
-        "clips", "as", "subject", "motion", "background", "all three", title=f"{options.count} clips each"
-    )
+    headings = "clips", "as", "subject", "motion", "background", "all three"
+    table = Table(*headings, title=f"{options.count} clips each")
     for split in ("held_out_combinations", "held_out_subjects"):
         for kind, change in kinds.items():
             scenes = draw_scenes(options.count, generator, split)
@@ -259,8 +258,7 @@ def report(options: Options) -> None:
             for start in track(range(0, options.count, _CLIPS_AT_ONCE), f"{split}, {kind}"):
                 readings += oracle.read(change(render(scenes[start : start + _CLIPS_AT_ONCE], sprites)))
             truth = torch.stack((scenes.subject, scenes.motion, scenes.background), dim=1)
-            result = accuracy(readings, truth)
-            shares = (result.subject, result.motion, result.background, result.all_three)
+            shares = astuple(accuracy(readings, truth))
             table.add_row(split.replace("_", " "), kind, *(f"{100 * share:.1f} %" for share in shares))
     Console().print(table)
 

@@ -71,16 +71,15 @@ def draw(options: Options) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     levels = {mean(run[options.score] for run in rows[0]["runs"]) for rows in tables}
+    heading, unit, _ = COLUMNS[options.score]
     for level in levels:
-        axes.axhline(
-            COLUMNS[options.score][1] * level, color="grey", linestyle="--", label="teacher, in full"
-        )
+        axes.axhline(unit * level, color="grey", linestyle="--", label="teacher, in full")
     unjudged = ("teacher, other noise",) if options.x == "seconds" else ("teacher", "teacher, other noise")
     judged = [row for rows in tables for row in rows if row["model"] not in unjudged]
     for model, line in points(judged, options).items():
         x, y, error = zip(*line, strict=True)
         axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=model)
-    axes.set(xlabel=AXES[options.x][0], ylabel=COLUMNS[options.score][0])
+    axes.set(xlabel=AXES[options.x][0], ylabel=heading)
     if options.x == "seconds":
         axes.set_xscale("log")
     elif options.x == "steps":

@@ -64,9 +64,8 @@ class Board:
                 place[group] = total / sum(each.weight for each in there.values())
         missing = [name for name in self.dimensions if name not in raw]
         weighted = [weight * means[group] for group, weight in self.weights.items() if group in means]
-        return Totals(
-            means, partial, None if missing else sum(weighted) / sum(self.weights.values()), missing
-        )
+        total = None if missing else sum(weighted) / sum(self.weights.values())
+        return Totals(means, partial, total, missing)
 
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())

@@ -18,6 +18,7 @@ norms, int8_linear, int8_block, sla, flash_jvp and vae, of which `python -m tool
 import importlib
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.bench.generation import FORWARDS, Measured, Options, measure
-from tools.options import parse
+from tools.options import run
 from turbodiffusion.checkpoints.files import appearing
 from turbodiffusion.checkpoints.saving import write_json
-from turbodiffusion.cli import one_sentence
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.memory import GIB
 from turbodiffusion.pipelines.record import environment
@@ -105,21 +105,21 @@ def run_kernels() -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> None:
+def report(options: Options) -> None:
     """Measure, print, write."""
-    with one_sentence():
-        options = parse(Options, sys.argv[1:])
-        if options.kernels:
-            run_kernels()
-            return
-        console = Console(width=120)
-        card = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
-        console.print(f"{card}, torch {torch.__version__}, {asdict(options)}", markup=False)
-        measured = measure(options)
-        show(options, measured, console)
-        if options.dst is not None:
-            write(options, measured, card)
+    if options.kernels:
+        run_kernels()
+        return
+    console = Console(width=120)
+    card = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
+    console.print(f"{card}, torch {torch.__version__}, {asdict(options)}", markup=False)
+    measured = measure(options)
+    show(options, measured, console)
+    if options.dst is not None:
+        write(options, measured, card)
 
+
+main = partial(run, Options, report)
 
 if __name__ == "__main__":
     main()

@@ -54,11 +54,8 @@ def runs(tensors: list[Tensor], is_sweep: bool) -> dict[str, Run]:
     plain = [*tensors[:3], None, None, None]
     o, lse, _ = flash.attention(q, k, v, None, None, None)
 
-    return {
-        **{
-            name: Run(partial(flash.run, tensors, tile), 12 * work, share=check)
-            for name, tile in names.items()
-        },
+    ours = {n: Run(partial(flash.run, tensors, tile), 12 * work, share=check) for n, tile in names.items()}
+    return ours | {
         "SDPA cuDNN forward": Run(partial(cudnn, q, k, v), 4 * work),
         "forward, no tangent": Run(partial(flash.run, plain, flash.form(plain)), 4 * work),
         "backward": Run(partial(flash.attention_backward, q, k, v, o, lse, torch.randn_like(o)), 10 * work),

@@ -15,11 +15,11 @@ teacher, a tangent pass, and a forward with backward of student and of critic.
 """
 
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,8 +36,7 @@ from distill.recipes import Hardware
 from distill.trainer import Trainer
 from tools.bench.forward import Network, latent_size, network_inputs, random_network
 from tools.bench.train_block import REST, Clock, floors, time_block
-from tools.options import parse
-from turbodiffusion.cli import one_sentence
+from tools.options import run
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.variants import CONFIGS, variant
 
@@ -190,26 +189,26 @@ def time_steps(options: Options, tokens: int, example: Example, console: Console
     show(columns, console)
 
 
-def main() -> None:
+def report(options: Options) -> None:
     """Build, time, print."""
-    with one_sentence():
-        options, console = parse(Options, sys.argv[1:]), Console(width=120)
-        hardware = Hardware.named(options.device, precision="bfloat16", compile=False, shard=1, remat="none")
-        device, row = hardware.device, variant(options.variant)
-        frames, height, width = latent_size(row, options.size, options.frames)
-        name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
-        console.print(f"{name}, torch {torch.__version__}, {options}", markup=False, highlight=False)
-        grid = (frames, height // 2, width // 2)
-        if options.block:
-            short = replace(row, network=row.network | {"layers": 1})
-            network = random_network(short, device, torch.bfloat16)
-            network.config["layers"] = row.network["layers"]
-            time_block(network, grid, options.remat.split(","), options.steps, console)
-            return
-        inputs = network_inputs(row, (frames, height, width), device)
-        example = Example(inputs["x"], inputs["context"], inputs["condition"], inputs["clip"])
-        time_steps(options, grid[0] * grid[1] * grid[2], example, console)
+    hardware = Hardware.named(options.device, precision="bfloat16", compile=False, shard=1, remat="none")
+    device, row, console = hardware.device, variant(options.variant), Console(width=120)
+    frames, height, width = latent_size(row, options.size, options.frames)
+    name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
+    console.print(f"{name}, torch {torch.__version__}, {options}", markup=False, highlight=False)
+    grid = (frames, height // 2, width // 2)
+    if options.block:
+        short = replace(row, network=row.network | {"layers": 1})
+        network = random_network(short, device, torch.bfloat16)
+        network.config["layers"] = row.network["layers"]
+        time_block(network, grid, options.remat.split(","), options.steps, console)
+        return
+    inputs = network_inputs(row, (frames, height, width), device)
+    example = Example(inputs["x"], inputs["context"], inputs["condition"], inputs["clip"])
+    time_steps(options, grid[0] * grid[1] * grid[2], example, console)
 
+
+main = partial(run, Options, report)
 
 if __name__ == "__main__":
     main()
