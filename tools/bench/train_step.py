@@ -3,10 +3,12 @@
     python -m tools.bench.train_step variant=wan2.1_t2v_1.3b remat=keep_attention,block,none
     python -m tools.bench.train_step variant=wan2.1_t2v_14b block=true      # one block, times their number
     python -m tools.bench.train_step experiment=sla_wan1_3b remat=block     # tuning for sparse attention
+    torchrun --nproc-per-node=2 -m tools.bench.train_step shard=2 remat=block     # on several cards
 
 Timed: all that distill/trainer.py does in turns of an experiment's networks on one clip, but data; the device
 is waited for between the parts; medians over `steps` turns after one of warm-up.  ratio, block_q and block_k
-are of sparse attention.
+are of sparse attention.  layers: fewer than the variant's, if all do not fit.  Of several cards, of which
+`shard` hold the weights together and `context` share a clip's tokens, all times and peaks are the first's.
 
 floor: FLOP / 790 TFLOP/s.  Of N blocks of width D (F inside), L tokens and S of text: linear layers
 N (4 L D (3 D + F) + 4 S D^2), attention N 4 L D (L + S).  A forward takes both once, a tangent pass linear
@@ -38,7 +40,8 @@ from tools.bench.forward import Network, latent_size, network_inputs, random_net
 from tools.bench.train_block import REST, Clock, floors, time_block
 from tools.options import run
 from turbodiffusion.models.wan import WanModel
-from turbodiffusion.variants import CONFIGS, variant
+from turbodiffusion.parallel import joined, started
+from turbodiffusion.variants import CONFIGS, Variant, variant
 
 Key = tuple[str, str]  # a loss, or whose turn it is, and a part of its work
 # least work of rCM.  A rollout is of 1 to 4 passes; the last has a graph in the student's turn
@@ -66,6 +69,9 @@ class Options(Network):
     remat: str = "keep_attention,block,none"  # the one that may not fit last
     steps: int = 2
     block: bool = False
+    layers: int | None = None
+    shard: int = 1
+    context: int = 1
 
 
 class Timed:
@@ -93,12 +99,25 @@ class Timed:
             self.seconds.setdefault(key, []).extend(spent)
 
 
+def measured(options: Options) -> Variant:
+    """The network, of as many layers as asked for."""
+    row = variant(options.variant)
+    return row if options.layers is None else replace(row, network=row.network | {"layers": options.layers})
+
+
+def machine(options: Options, mode: str) -> Hardware:
+    """This card, alone or beside others."""
+    named = {"precision": "bfloat16", "compile": options.compile, "remat": mode}
+    return Hardware.named(options.device, **named, shard=options.shard, context=options.context)
+
+
 def trainer(options: Options, mode: str, example: Example, clock: Clock, folder: Path) -> Trainer:
     """Of networks that begin as one, as the experiment would be run."""
     words = [f"experiment={options.experiment}", "tangent_warmup=0"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", words)
-    row, device = variant(options.variant), example.latents.device
+    row, device = measured(options), example.latents.device
+    torch.manual_seed(0)  # the same weights on all cards
     teacher = random_network(row, device, torch.bfloat16)
     student = deepcopy(teacher)
     if "attention" in config.recipe:
@@ -106,18 +125,18 @@ def trainer(options: Options, mode: str, example: Example, clock: Clock, folder:
         student.set_attention({"name": "sla", **blocks})
     method = instantiate(config.recipe.objective)
     critic = deepcopy(teacher) if method.has_critic else None
-    named = {"precision": "bfloat16", "compile": options.compile, "shard": 1, "remat": mode}
-    hardware = Hardware.named(options.device, **named)
+    hardware = machine(options, mode)
     for network in filter(None, (teacher, student, critic)):
         network.requires_grad_(network is not teacher)
-        hardware.prepare(network, WanModel.is_fp32, network.shard_units())
+        hardware.prepare(network, WanModel.is_fp32, network.shard_units(), can_shard=True)
     negative = torch.randn_like(example.context) if method.has_critic else None
     objective = Timed(method.build(student, teacher, critic, negative), clock)
     optims = {role: instantiate(optim) for role, optim in config.optims.items()}
     plan = replace(instantiate(config.plan), accumulate=1)
     one_clip = SimpleNamespace(batch=lambda number: example)
     # what a run makes at its end is not reached
-    return Trainer(Parts(objective, one_clip, None), optims=optims, plan=plan, folder=folder)
+    parts = Parts(objective, one_clip, None, options.context)
+    return Trainer(parts, optims=optims, plan=plan, folder=folder)
 
 
 def time_turn(trainer: Trainer, clock: Clock, step: int) -> dict[Key, list[float]]:
@@ -172,7 +191,7 @@ def show(columns: dict[str, dict[Key, float]], console: Console) -> None:
 
 def time_steps(options: Options, tokens: int, example: Example, console: Console) -> None:
     """Every mode in turn, then the table."""
-    network, columns = {"text_length": 512} | variant(options.variant).network, {}
+    network, columns = {"text_length": 512} | measured(options).network, {}
     if options.experiment.startswith("rcm"):
         least = floors(network, tokens)
         columns["floor"] = {key: passes * least[kind] for key, (passes, kind) in PARTS.items()}
@@ -189,13 +208,10 @@ def time_steps(options: Options, tokens: int, example: Example, console: Console
     show(columns, console)
 
 
-def report(options: Options) -> None:
-    """Build, time, print."""
-    hardware = Hardware.named(options.device, precision="bfloat16", compile=False, shard=1, remat="none")
-    device, row, console = hardware.device, variant(options.variant), Console(width=120)
+def time_whichever(options: Options, device: torch.device, console: Console) -> None:
+    """A block, or steps, as asked for."""
+    row = measured(options)
     frames, height, width = latent_size(row, options.size, options.frames)
-    name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
-    console.print(f"{name}, torch {torch.__version__}, {options}", markup=False, highlight=False)
     grid = (frames, height // 2, width // 2)
     if options.block:
         short = replace(row, network=row.network | {"layers": 1})
@@ -203,9 +219,21 @@ def report(options: Options) -> None:
         network.config["layers"] = row.network["layers"]
         time_block(network, grid, options.remat.split(","), options.steps, console)
         return
+    torch.manual_seed(0)
     inputs = network_inputs(row, (frames, height, width), device)
     example = Example(inputs["x"], inputs["context"], inputs["condition"], inputs["clip"])
     time_steps(options, grid[0] * grid[1] * grid[2], example, console)
+
+
+def report(options: Options) -> None:
+    """Join the others, build, time, print."""
+    rank, cards = started()
+    console, device = Console(width=120, quiet=rank > 0), machine(options, "none").device
+    name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
+    said = f"{cards} x {name}, torch {torch.__version__}, {options}"
+    console.print(said, markup=False, highlight=False)
+    with joined(device):
+        time_whichever(options, device, console)
 
 
 main = partial(run, Options, report)
