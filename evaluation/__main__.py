@@ -51,11 +51,10 @@ class Options:
 
 def evaluate(options: Options) -> None:
     """Score, write and show; everything that can be refused is, before the first video is read."""
-    weights = None if options.weights is None else Path(options.weights).expanduser()
     folder, out = Path(options.videos).expanduser(), Path(options.out).expanduser()
     rank, world = started()
     bridge = None if options.upstream is None else Upstream(options.upstream, out / f"upstream-{rank}")
-    metrics = make_metrics(options.dims, weights, bridge)
+    metrics = make_metrics(options.dims, options.weights, bridge)
     suite = None if options.prompts is None else read_prompts(Path(options.prompts).expanduser())
     reference = None if options.reference is None else Path(options.reference).expanduser()
     if reference is None and (paired := [name for name, each in metrics.items() if each.needs_reference]):

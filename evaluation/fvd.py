@@ -55,8 +55,7 @@ def measure(options: Options) -> dict[str, object]:
     """The distance, and of what."""
     if options.frames < LEAST:
         raise UserError(f"frames={options.frames}: I3D needs {LEAST}")
-    folder = None if options.weights is None else Path(options.weights)
-    weights = find_weights({"fvd": ["i3d"]}, folder)["i3d"]
+    weights = find_weights({"fvd": ["i3d"]}, options.weights)["i3d"]
     device = torch.device(options.device)
     folders = (Path(each).expanduser() for each in (options.videos, options.reference))
     sets = [features(folder, weights, options.frames, device) for folder in folders]

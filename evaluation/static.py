@@ -38,8 +38,7 @@ class Options:
 
 def keep(options: Options) -> None:
     """Copy what is static; say how many of each prompt were, where that is too few."""
-    weights = None if options.weights is None else Path(options.weights).expanduser()
-    file = find_weights({"the static filter": ["raft"]}, weights)["raft"]
+    file = find_weights({"the static filter": ["raft"]}, options.weights)["raft"]
     by_prompt: dict[str, list[Video]] = {}
     for video in find_videos(Path(options.videos).expanduser()).videos:
         by_prompt.setdefault(video.prompt.name, []).append(video)

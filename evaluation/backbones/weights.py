@@ -40,7 +40,7 @@ _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 WEIGHTS = {name: Weights(**row) for name, row in _TABLE.items()}
 
 
-def find_weights(needs: Mapping[str, Iterable[str]], folder: Path | None = None) -> dict[str, Path]:
+def find_weights(needs: Mapping[str, Iterable[str]], folder: str | Path | None = None) -> dict[str, Path]:
     """Files by name in WEIGHTS, for whoever (the keys of `needs`) needs them; whole, and the right ones.
 
     The first found of: `folder`; $TURBODIFFUSION_WEIGHTS or ./weights; $VBENCH_CACHE_DIR or ~/.cache/vbench;
@@ -51,7 +51,7 @@ def find_weights(needs: Mapping[str, Iterable[str]], folder: Path | None = None)
         for name in names:
             needed.setdefault(name, []).append(who)
     roots = [
-        *([] if folder is None else [folder]),
+        *([] if folder is None else [Path(folder)]),
         Path(os.environ.get(FOLDER_VARIABLE) or "weights"),
         Path(os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench"),
     ]

@@ -1,7 +1,5 @@
 """Dimensions by name.  A new one is a VideoMetric in a file of its own, and a line here."""
 
-from pathlib import Path
-
 from evaluation.backbones.weights import find_weights
 from evaluation.metrics.action import HumanAction
 from evaluation.metrics.consistency import BackgroundConsistency, SubjectConsistency
@@ -24,7 +22,7 @@ METRICS: dict[str, type[VideoMetric]] = {each.name: each for each in _ALL}
 
 
 def make_metrics(
-    names: list[str], weights: Path | None = None, upstream: Upstream | None = None
+    names: list[str], weights: str | None = None, upstream: Upstream | None = None
 ) -> dict[str, VideoMetric]:
     """Metrics by name, in order, with weights from a folder or the usual places.
 
