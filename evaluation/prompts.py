@@ -129,7 +129,6 @@ def _prompt(entry: object, index: int, where: str) -> Prompt:
 
 def _merged(old: Prompt, new: Prompt) -> Prompt:
     """One prompt that is listed twice, for dimensions of its own each time: one file serves both."""
-    together = None
-    if old.dimensions is not None and new.dimensions is not None:
-        together = old.dimensions | new.dimensions
+    both = old.dimensions, new.dimensions
+    together = None if None in both else frozenset().union(*both)
     return replace(old, dimensions=together, auxiliary={**old.auxiliary, **new.auxiliary})

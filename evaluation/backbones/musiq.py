@@ -58,7 +58,7 @@ class Musiq(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, width))
         self.position_emb = nn.Parameter(torch.empty(1, _GRID**2, width))
         self.scale_emb = nn.Parameter(torch.empty(len(_LONGER) + 1, width))
-        self.blocks = nn.ModuleList(Block(width, 3 * width) for _ in range(layers))
+        self.blocks = nn.Sequential(*(Block(width, 3 * width) for _ in range(layers)))
         self.encoder_norm = nn.LayerNorm(width, EPS)
         self.head = nn.Linear(width, 1)
 
@@ -72,9 +72,7 @@ class Musiq(nn.Module):
         # upstream pads the smaller scales with patches that no other attends to
         tokens = [self._tokens(each, scale) for scale, each in enumerate((*scaled, x))]
         x = torch.cat((self.cls.expand(len(x), 1, -1), *tokens), dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.encoder_norm(x[:, 0]))[:, 0]
+        return self.head(self.encoder_norm(self.blocks(x)[:, 0]))[:, 0]
 
     def _tokens(self, x: Tensor, scale: int) -> Tensor:
         """(B, P, E)."""

@@ -56,17 +56,14 @@ class Dino(nn.Module):
         self.patch_embed = _patches(width, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, EPS)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed(images)
         x = patches.flatten(2).mT + self._places(*patches.shape[-2:])
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), 1, -1)
-        x = torch.cat((first, x), dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])
+        return self.norm(self.blocks(torch.cat((first, x), dim=1))[:, 0])
 
     def _places(self, rows: int, columns: int) -> Tensor:
         """(1, rows columns, E).  The published factor is off by 0.1, and where samples lie follows it."""
@@ -87,16 +84,14 @@ class Umt(nn.Module):
         super().__init__()
         self.patch_embed = _patches(width, patch)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
         self.fc_norm = nn.LayerNorm(width, EPS)
         self.head = nn.Linear(width, classes)
 
     def forward(self, videos: Tensor) -> Tensor:
         patches = self.patch_embed(videos.flatten(0, 1)).flatten(2).mT
         x = patches.unflatten(0, videos.shape[:2]).flatten(1, 2) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.fc_norm(x.mean(dim=1)))
+        return self.head(self.fc_norm(self.blocks(x).mean(dim=1)))
 
 
 @lru_cache
