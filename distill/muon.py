@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from distill.sharding import cut, joined, local
+
 # quintic iteration of the original publication: singular values end within 0.7 to 1.2, fast rather than exact
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -16,7 +18,8 @@ class Muon(torch.optim.Optimizer):
     """For matrices alone; those of one shape are made orthogonal together, in bf16 on a GPU.
 
     An update is scaled to the size that AdamW's has (arXiv:2502.16982, eq. 4): one learning rate and weight
-    decay serve both.  torch.optim.Muon does the same matrix by matrix, which a small network waits for.
+    decay serve both.  Of sharded weights each rank makes all directions and keeps its part.  torch.optim.Muon
+    does the same matrix by matrix, which a small network waits for, and not of sharded ones.
     """
 
     def __init__(self, matrices: Iterable[Tensor], *, lr: float, weight_decay: float):
@@ -33,13 +36,17 @@ class Muon(torch.optim.Optimizer):
                 self._move(weights, group["lr"], group["weight_decay"])
 
     def _move(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
-        grads = [weight.grad for weight in weights]
-        momenta = [self._momentum(weight) for weight in weights]
+        parts, grads, momenta = (
+            [local(tensor) for tensor in tensors]
+            for tensors in (weights, [w.grad for w in weights], [self._momentum(w) for w in weights])
+        )
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-        directions = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, MOMENTUM)))
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)
+        directions = orthogonal(torch.stack([joined(x, w) for x, w in zip(ahead, weights, strict=True)]))
+        own = [cut(x, w) for x, w in zip(directions, weights, strict=True)]
+        torch._foreach_mul_(parts, 1 - lr * weight_decay)
         size = 0.2 * max(weights[0].shape) ** 0.5
-        torch._foreach_add_(weights, list(directions.unbind()), alpha=-lr * size)
+        torch._foreach_add_(parts, own, alpha=-lr * size)
 
     def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from distill.replicas import teams
 from turbodiffusion.parallel import world_size
@@ -44,3 +44,20 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, gathered from the ranks; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def joined(part: Tensor, like: Tensor) -> Tensor:
+    """All of a tensor whose parts the ranks have, cut as `like` is; this one, where that is not sharded."""
+    if not isinstance(like, DTensor):
+        return part
+    place = (like.device_mesh, like.placements)
+    return DTensor.from_local(part, *place, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+def cut(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have whole: `joined` undone."""
+    if not isinstance(like, DTensor):
+        return tensor
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    whole = DTensor.from_local(tensor, like.device_mesh, everywhere, run_check=False)
+    return whole.redistribute(placements=like.placements).to_local()

@@ -81,6 +81,7 @@ class Descent(Optim):
 
 ADAM = Optim(lr=1e-3, betas=(0.5, 0.9), warmup=2)
 DESCENT = Descent(lr=1e-2, warmup=1, decay="constant")
+STEADY = {"descent": DESCENT, "muon": Optim(lr=1e-3, warmup=1, decay="constant", matrices="muon")}
 
 
 def tiny_network() -> WanModel:
@@ -237,13 +238,14 @@ def interrupt(folder: Path) -> int:
     return trainer.state.step
 
 
-def equal(folder: Path, shard: int) -> None:
-    """Five steps of plain descent, clipped; all weights and averages to equal-SHARD.pt."""
-    trainer = make_trainer(folder / f"equal-{shard}", shard=shard, optim=DESCENT, steps=5)
+def equal(folder: Path, shard: int, optim: str) -> None:
+    """Five clipped steps by one of STEADY; all weights and averages to equal-SHARD-OPTIM.pt."""
+    name = f"equal-{shard}-{optim}"
+    trainer = make_trainer(folder / name, shard=shard, optim=STEADY[optim], steps=5)
     trainer.fit()
     found = {name: whole(value) for name, value in everything(trainer).items()}
     if rank() == 0:
-        torch.save(found, folder / f"equal-{shard}.pt")
+        torch.save(found, folder / f"{name}.pt")
 
 
 def stop_one_rank(folder: Path) -> None:
@@ -260,8 +262,9 @@ def stop_one_rank(folder: Path) -> None:
 def together(folder: Path) -> None:
     """On two ranks: everything that ends well, then what does not."""
     with joined(CPU):
-        equal(folder, 1)
-        equal(folder, 2)
+        for shard in (1, 2):
+            equal(folder, shard, "descent")
+        equal(folder, 2, "muon")
         results = {
             "tangents": compare_tangents(),
             "resume": resume(folder),
