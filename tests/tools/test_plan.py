@@ -131,6 +131,21 @@ def test_peak_is_what_was_measured(words: tuple[str, ...], remat: str, gib: floa
     assert estimate(words, remat).peak / GIB == pytest.approx(gib, rel=CLAIM)
 
 
+# on two H100s, docs/scaling.md
+@pytest.mark.parametrize(
+    ("setting", "seconds", "gib"),
+    [
+        (Setting(1, 1, "keep_attention"), [10.27, 3.74], 62.4),
+        (Setting(2, 1, "keep_attention"), [10.89, 3.88], 37.6),
+        (Setting(1, 2, "keep_attention"), [5.74, 2.11], 56.5),
+    ],
+)
+def test_two_cards_take_what_was_measured(setting: Setting, seconds: list[float], gib: float) -> None:
+    made = Estimate(run_of(*RCM_1), setting, 2, 8, CARDS["h100"])
+    assert [made.seconds(turn) for turn in made.run.turns] == pytest.approx(seconds, rel=CLAIM)
+    assert made.peak / GIB == pytest.approx(gib, rel=CLAIM)
+
+
 def test_without_recomputation_140_gib_are_too_little() -> None:
     assert estimate(RCM_1, "none").peak / GIB > 140
 
