@@ -178,7 +178,8 @@ def gather(folder: Path, doc: Path) -> None:
     pages = [(folder / f"{name}.md") for name in sorted({path.stem for path in TABLES.glob("*/*.yaml")})]
     parts = [
         "# Ablations",
-        "Each table was written by the command below its name, which also writes this file.",
+        "Each table was written by the command below its name, which also writes this file. Those without "
+        "`scale=` are about the small world and say nothing about Wan's quality.",
     ]
     for page in filter(Path.is_file, pages):
         parts.append(page.read_text().replace("\n## ", "\n### ").replace("# ", "## ", 1).strip())
