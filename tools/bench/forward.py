@@ -9,7 +9,7 @@ Included: everything WanModel.forward does.  Excluded: text encoder, VAE, sample
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -60,6 +60,11 @@ def random_network(row: Variant, device: torch.device, dtype: torch.dtype) -> Wa
         network = WanModel(**row.network)
     randomize(network, device, lambda name: torch.float32 if WanModel.is_fp32(name) else dtype)
     return network
+
+
+def shortened(row: Variant, layers: int | None) -> Variant:
+    """A variant of so many layers, or all."""
+    return row if layers is None else replace(row, network=row.network | {"layers": layers})
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -12,17 +12,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from tools.bench.forward import Options as Forward
-from tools.bench.forward import attend, latent_size, network_inputs, random_network
+from tools.bench.forward import attend, latent_size, network_inputs, random_network, shortened, twin
 from tools.bench.timing import sizes
 from tools.bench.vae import ALLOWED, random_vae
 from tools.options import parse
@@ -65,9 +64,8 @@ def report(options: Options, device: torch.device, cards: int, console: Console)
 
 def forwards(options: Options, row: Variant, device: torch.device) -> Iterator[tuple[str, Call, Call]]:
     """Of every size with every attention: a forward by one card, and by all."""
-    row = replace(row, network=row.network | ({} if options.layers is None else {"layers": options.layers}))
-    network = random_network(row, device, torch.bfloat16)
-    shared = _twin(network)
+    network = random_network(shortened(row, options.layers), device, torch.bfloat16)
+    shared = twin(network)
     split_tokens(shared, neighbours(dist.get_world_size()))
     for name in options.attention.split(","):
         for each in (network, shared):
@@ -80,7 +78,7 @@ def forwards(options: Options, row: Variant, device: torch.device) -> Iterator[t
 def coding(options: Options, row: Variant, device: torch.device) -> Iterator[tuple[str, Call, Call]]:
     """Of every size: decoding and encoding by one card, and by all, each in the pieces of a pipeline."""
     vae, ranks = random_vae(row.vae, device), neighbours(dist.get_world_size())
-    shared = _twin(vae)
+    shared = twin(vae)
     split_rows(shared, ranks)
     free = None if device.type == "cpu" else free_memory(device).device
     for width, height in sizes(options.size):
@@ -96,11 +94,6 @@ def coding(options: Options, row: Variant, device: torch.device) -> Iterator[tup
                 partial(getattr(vae, name), x, chunk=alone),
                 partial(getattr(shared, name), x, chunk=together),
             )
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """Of the same weights."""
-    return deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def _check(alone: Tensor, shared: Tensor) -> None:

@@ -36,12 +36,12 @@ from distill.conditioning import Example
 from distill.objective import Objective, Parts
 from distill.recipes import Hardware
 from distill.trainer import Trainer
-from tools.bench.forward import Network, latent_size, network_inputs, random_network
+from tools.bench.forward import Network, latent_size, network_inputs, random_network, shortened
 from tools.bench.train_block import REST, Clock, floors, time_block
 from tools.options import run
 from turbodiffusion.models.wan import WanModel
 from turbodiffusion.parallel import joined, started
-from turbodiffusion.variants import CONFIGS, Variant, variant
+from turbodiffusion.variants import CONFIGS, variant
 
 Key = tuple[str, str]  # a loss, or whose turn it is, and a part of its work
 # least work of rCM.  A rollout is of 1 to 4 passes; the last has a graph in the student's turn
@@ -99,12 +99,6 @@ class Timed:
             self.seconds.setdefault(key, []).extend(spent)
 
 
-def measured(options: Options) -> Variant:
-    """The network, of as many layers as asked for."""
-    row = variant(options.variant)
-    return row if options.layers is None else replace(row, network=row.network | {"layers": options.layers})
-
-
 def machine(options: Options, mode: str) -> Hardware:
     """This card, alone or beside others."""
     named = {"precision": "bfloat16", "compile": options.compile, "remat": mode}
@@ -116,7 +110,7 @@ def trainer(options: Options, mode: str, example: Example, clock: Clock, folder:
     words = [f"experiment={options.experiment}", "tangent_warmup=0"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", words)
-    row, device = measured(options), example.latents.device
+    row, device = shortened(variant(options.variant), options.layers), example.latents.device
     torch.manual_seed(0)  # the same weights on all cards
     teacher = random_network(row, device, torch.bfloat16)
     student = deepcopy(teacher)
@@ -191,7 +185,7 @@ def show(columns: dict[str, dict[Key, float]], console: Console) -> None:
 
 def time_steps(options: Options, tokens: int, example: Example, console: Console) -> None:
     """Every mode in turn, then the table."""
-    network, columns = {"text_length": 512} | measured(options).network, {}
+    network, columns = {"text_length": 512} | shortened(variant(options.variant), options.layers).network, {}
     if options.experiment.startswith("rcm"):
         least = floors(network, tokens)
         columns["floor"] = {key: passes * least[kind] for key, (passes, kind) in PARTS.items()}
@@ -210,12 +204,11 @@ def time_steps(options: Options, tokens: int, example: Example, console: Console
 
 def time_whichever(options: Options, device: torch.device, console: Console) -> None:
     """A block, or steps, as asked for."""
-    row = measured(options)
+    row = shortened(variant(options.variant), options.layers)
     frames, height, width = latent_size(row, options.size, options.frames)
     grid = (frames, height // 2, width // 2)
     if options.block:
-        short = replace(row, network=row.network | {"layers": 1})
-        network = random_network(short, device, torch.bfloat16)
+        network = random_network(shortened(row, 1), device, torch.bfloat16)
         network.config["layers"] = row.network["layers"]
         time_block(network, grid, options.remat.split(","), options.steps, console)
         return
