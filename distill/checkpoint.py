@@ -193,13 +193,14 @@ def _make_moments(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -
 
 def _check_moments(stored: Set[str], wanted: Set[str], path: Path) -> None:
     if not wanted <= stored:
+        weight = f"{min(wanted - stored).rpartition('/')[0]}/"
         theirs, ours = (
-            ", ".join(sorted({name.rpartition("/")[2] for name in names}))
-            for names in (stored - wanted, wanted - stored)
+            ", ".join(sorted(name.removeprefix(weight) for name in names if name.startswith(weight)))
+            for names in (stored, wanted)
         )
         raise UserError(
             f"{path} was made with another optimiser: of some weights it holds {theirs}, and this run wants "
-            f"{ours}; set matrices= of optims to what it was, or give the run another name="
+            f"{ours}; set matrices= and betas= of optims to what they were, or give the run another name="
         )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distill.adam import AdamWithoutMomentum
 from distill.muon import Muon
 
 
@@ -31,7 +32,7 @@ class Optim:
         muon = Muon(matrices, lr=self.lr, weight_decay=self.weight_decay)
         return Several(muon, self._adamw([p for p in trained if p.ndim != 2]))
 
-    def _adamw(self, trained: list[Tensor]) -> torch.optim.AdamW:
+    def _adamw(self, trained: list[Tensor]) -> torch.optim.Optimizer:
         # a convolution's norm keeps its vector as (C, 1, 1, 1)
         is_vector = [sum(size > 1 for size in p.shape) <= 1 for p in trained]
         vectors = [p for p, yes in zip(trained, is_vector, strict=True) if yes]
@@ -41,6 +42,8 @@ class Optim:
             {"params": vectors, "weight_decay": 0.0},
         ]
         is_fused = any(p.device.type != "cpu" for p in trained)
+        if self.betas[0] == 0:
+            return AdamWithoutMomentum(groups, lr=self.lr, beta2=self.betas[1], fused=is_fused)
         return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=is_fused)
 
     def rate(self, step: int, progress: float) -> float:

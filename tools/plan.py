@@ -130,8 +130,8 @@ def roles(
 def _role(name: str, network: WanModel, optims: dict[str, Optim]) -> Role:
     parameters, optim = list(network.parameters()), optims.get(name, optims["default"])
     trained = [p for p in parameters if p.requires_grad]
-    halved = [p for p in trained if optim.matrices == "muon" and p.ndim == 2]
-    # AdamW stores its first moment even where that decays at once; Muon has but one
+    # AdamW has two moments, but where beta1 is 0; Muon has one
+    halved = [p for p in trained if optim.betas[0] == 0 or (optim.matrices == "muon" and p.ndim == 2)]
     moments = 8 * _count(trained) - 4 * _count(halved)
     ratio = network.config["attention"].get("ratio")
     return Role(_count(parameters), _count(trained), moments, has_average=name == "student", ratio=ratio)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distill.data import Encoded, LatentClips
 from distill.flow_matching import FlowMatching, TextToVelocity
@@ -103,12 +105,17 @@ def toy(tmp_path: Path) -> Callable[..., Trainer]:
         noise: float = 0.1,
         tracker: Tracker | None = None,
         matrices: str = "adamw",
+        beta1: float = 0.9,
         **plan: float,
     ) -> Trainer:
         parts = Parts(Regression(poison_at=poison_at, noise=noise), Rows(rows), Silent())
-        optims = {"default": Optim(lr=0.1, warmup=2, weight_decay=0.0, matrices=matrices)}
+        optim = Optim(lr=0.1, betas=(beta1, 0.99), warmup=2, weight_decay=0.0, matrices=matrices)
         return Trainer(
-            parts, optims=optims, plan=replace(PLAN, **plan), folder=tmp_path / folder, tracker=tracker
+            parts,
+            optims={"default": optim},
+            plan=replace(PLAN, **plan),
+            folder=tmp_path / folder,
+            tracker=tracker,
         )
 
     return make
@@ -128,6 +135,14 @@ def build_student(*, freeze_text: bool = False) -> TextToVelocity:
 def make_student() -> Callable[..., TextToVelocity]:
     """4 latent channels, a network of width 32, a text encoder of width 16."""
     return build_student
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """This process is the first; what it would receive is left as it is."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
 
 
 NAMES = tuple(f"animal {i}" for i in range(72))

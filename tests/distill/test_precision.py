@@ -1,11 +1,7 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distill.objective import nothing
 from distill.precision import AT_ONCE, Masters, lower, stored
@@ -19,14 +15,6 @@ def make() -> nn.Sequential:
 
 def is_norm(name: str) -> bool:
     return name.startswith("1.")
-
-
-@pytest.fixture
-def two_ranks() -> Iterator[None]:
-    """This process is the first; what it would receive is left as it is."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
 
 
 def test_named_weights_stay_fp32():

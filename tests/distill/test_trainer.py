@@ -75,9 +75,12 @@ def test_training_finds_the_line(toy: Make):
     torch.testing.assert_close(trainer.masters["line"].module.weight, torch.ones(4, 1), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("toy", {}), ("toy", {"matrices": "muon"}), ("flow", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("toy", {}), ("toy", {"matrices": "muon"}), ("toy", {"beta1": 0.0}), ("flow", {})],
+)
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    kind: str, options: dict[str, str], request: pytest.FixtureRequest
+    kind: str, options: dict[str, object], request: pytest.FixtureRequest
 ):
     make: Make = partial(request.getfixturevalue(kind), **options)
     whole = make("whole", accumulate=2)
@@ -96,14 +99,27 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        ("muon", "adamw", "holds momentum, and this run wants exp_avg, exp_avg_sq, step;"),
-        ("adamw", "muon", "holds exp_avg, exp_avg_sq, step, and this run wants momentum;"),
+        ({"matrices": "muon"}, {}, "holds momentum, and this run wants exp_avg, exp_avg_sq, step;"),
+        ({}, {"matrices": "muon"}, "holds exp_avg, exp_avg_sq, step, and this run wants momentum;"),
+        ({"beta1": 0.0}, {}, "holds exp_avg_sq, step, and this run wants exp_avg, exp_avg_sq, step;"),
     ],
 )
-def test_another_optimiser_can_not_go_on(before: str, after: str, sentence: str, toy: Make):
-    toy(matrices=before).fit()
+def test_another_optimiser_can_not_go_on(
+    before: dict[str, object], after: dict[str, object], sentence: str, toy: Make
+):
+    toy(**before).fit()
     with pytest.raises(UserError, match=f"step-0000012 was made with another optimiser: .* {sentence}"):
-        toy(matrices=after)
+        toy(**after)
+
+
+def test_first_moments_that_are_not_wanted_are_left_behind(toy: Make):
+    before = toy()
+    before.fit()
+    after = toy(beta1=0.0)
+    assert after.state.step == 12
+    (ours,), (theirs,) = (run.state.optimizers["line"].state.values() for run in (after, before))
+    assert ours.keys() == {"step", "exp_avg_sq"}
+    assert all(torch.equal(value, theirs[kind]) for kind, value in ours.items())
 
 
 def _die() -> None:

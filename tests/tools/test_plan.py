@@ -117,6 +117,12 @@ def test_turns_take_what_was_measured(words: tuple[str, ...], remat: str, second
     assert [made.seconds(turn) for turn in made.run.turns] == pytest.approx(seconds, rel=CLAIM)
 
 
+def unread(made: Estimate) -> float:
+    """Bytes of first moments where beta1 is 0: AdamW stored them when all peaks here were measured."""
+    roles = made.run.roles.values()
+    return sum(8 * role.trained - role.moments for role in roles) / made.setting.shard
+
+
 @pytest.mark.parametrize(
     ("words", "remat", "gib"),
     [
@@ -128,7 +134,8 @@ def test_turns_take_what_was_measured(words: tuple[str, ...], remat: str, second
     ],
 )
 def test_peak_is_what_was_measured(words: tuple[str, ...], remat: str, gib: float) -> None:
-    assert estimate(words, remat).peak / GIB == pytest.approx(gib, rel=CLAIM)
+    made = estimate(words, remat)
+    assert (made.peak + unread(made)) / GIB == pytest.approx(gib, rel=CLAIM)
 
 
 # on two H100s, docs/scaling.md
@@ -143,11 +150,12 @@ def test_peak_is_what_was_measured(words: tuple[str, ...], remat: str, gib: floa
 def test_two_cards_take_what_was_measured(setting: Setting, seconds: list[float], gib: float) -> None:
     made = Estimate(run_of(*RCM_1), setting, 2, 8, CARDS["h100"])
     assert [made.seconds(turn) for turn in made.run.turns] == pytest.approx(seconds, rel=CLAIM)
-    assert made.peak / GIB == pytest.approx(gib, rel=CLAIM)
+    assert (made.peak + unread(made)) / GIB == pytest.approx(gib, rel=CLAIM)
 
 
 def test_without_recomputation_140_gib_are_too_little() -> None:
-    assert estimate(RCM_1, "none").peak / GIB > 140
+    made = estimate(RCM_1, "none")
+    assert (made.peak + unread(made)) / GIB > 140
 
 
 @pytest.mark.parametrize(("remat", "gib"), [("block", 21.4), ("keep_attention", 46.2), ("none", 332)])
@@ -156,18 +164,20 @@ def test_activations_of_14b_are_what_was_measured(remat: str, gib: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("matrices", "trainable"), [("adamw", "all"), ("muon", "no_proj"), ("adamw", "proj_only")]
+    ("matrices", "beta1", "trainable"),
+    [("adamw", 0.0, "all"), ("muon", 0.9, "no_proj"), ("adamw", 0.9, "proj_only"), ("muon", 0.0, "no_proj")],
 )
-def test_states_are_what_training_stores(matrices: str, trainable: str) -> None:
+def test_states_are_what_training_stores(matrices: str, beta1: float, trainable: str) -> None:
     options = Options(experiment="sla_wan1_3b", gpus=1, variant="wan_tiny", size="64x64")
-    words = [f"optims.default.matrices={matrices}", f"trainable={trainable}"]
+    optim = f"optims.default.matrices={matrices}", f"optims.default.betas=[{beta1},0.999]"
+    words = [*optim, f"trainable={trainable}"]
     role = described(options, words).roles["student"]
     network = WanModel(**{**variant("wan_tiny").network, "attention": {"name": "sla"}})
     network.requires_grad_(trainable != "proj_only")
     for block in network.blocks:
         block.self_attn.core.requires_grad_(trainable != "no_proj")
     masters = Masters(lower(network, torch.bfloat16, lambda name: False))
-    optimizer = Optim(lr=1e-3, betas=(0.0, 0.999), matrices=matrices).build(masters.weights.values())
+    optimizer = Optim(lr=1e-3, betas=(beta1, 0.999), matrices=matrices).build(masters.weights.values())
     for weight in masters.weights.values():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
