@@ -12,17 +12,17 @@ from distill.sharding import local
 class AdamWithoutMomentum(torch.optim.Optimizer):
     """torch.optim.AdamW of beta1 = 0, to the bit: its first moment is the gradient, and is not stored.
 
-    fused: by one kernel, without temporaries; else weight by weight.
+    By one kernel, without temporaries.
     """
 
-    def __init__(self, groups: Iterable[dict[str, object]], *, lr: float, beta2: float, fused: bool):
-        super().__init__(groups, {"lr": lr, "beta2": beta2, "fused": fused})
+    def __init__(self, groups: Iterable[dict[str, object]], *, lr: float, beta2: float):
+        super().__init__(groups, {"lr": lr, "beta2": beta2})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            states = [self._state(weight, on_device=group["fused"]) for weight in weights]
+            states = [self._state(weight) for weight in weights]
             grads = [local(weight.grad) for weight in weights]
             adamw(
                 [local(weight) for weight in weights],
@@ -31,7 +31,7 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
                 [local(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
-                fused=group["fused"],
+                fused=True,
                 amsgrad=False,
                 maximize=False,
                 lr=group["lr"],
@@ -41,9 +41,9 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
                 eps=1e-8,
             )
 
-    def _state(self, weight: Tensor, *, on_device: bool) -> dict[str, Tensor]:
+    def _state(self, weight: Tensor) -> dict[str, Tensor]:
         state = self.state[weight]
         if not state:
-            state["step"] = torch.zeros((), device=weight.device if on_device else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg_sq"] = torch.zeros_like(weight)
         return state

@@ -41,10 +41,9 @@ class Optim:
             {"params": others, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        is_fused = any(p.device.type != "cpu" for p in trained)
         if self.betas[0] == 0:
-            return AdamWithoutMomentum(groups, lr=self.lr, beta2=self.betas[1], fused=is_fused)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=is_fused)
+            return AdamWithoutMomentum(groups, lr=self.lr, beta2=self.betas[1])
+        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=True)
 
     def rate(self, step: int, progress: float) -> float:
         """Learning rate at a step (from 0) and a share of the run done (0 to 1); it ends at 0."""

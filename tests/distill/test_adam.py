@@ -41,13 +41,10 @@ def train(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("device", "fused"),
-    [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=pytest.mark.gpu)],
-)
-def test_it_does_what_torch_s_does_to_the_bit(device: str, fused: bool, dtype: torch.dtype):
-    ours = train(AdamWithoutMomentum(make_groups(device, dtype), lr=0.0, beta2=BETA2, fused=fused))
-    theirs = train(torch.optim.AdamW(make_groups(device, dtype), betas=(0.0, BETA2), fused=fused))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_it_does_what_torch_s_does_to_the_bit(device: str, dtype: torch.dtype):
+    ours = train(AdamWithoutMomentum(make_groups(device, dtype), lr=0.0, beta2=BETA2))
+    theirs = train(torch.optim.AdamW(make_groups(device, dtype), betas=(0.0, BETA2), fused=True))
     for our, their in zip(ours, theirs, strict=True):
         assert our.keys() == their.keys() - {"exp_avg"}
         assert all(torch.equal(value, their[kind]) for kind, value in our.items())
@@ -59,7 +56,7 @@ def test_a_rank_moves_its_part_of_sharded_weights():
     shard(module, [module[0]], mesh(torch.device("cpu"), 2))
     optimizer = Optim(lr=0.1, betas=(0.0, BETA2)).build(module.parameters())
     parts = [nn.Parameter(local(weight).detach().clone()) for weight in module.parameters()]
-    plain = torch.optim.AdamW(parts, lr=0.1, betas=(0.0, BETA2), weight_decay=0.0)
+    plain = torch.optim.AdamW(parts, lr=0.1, betas=(0.0, BETA2), weight_decay=0.0, fused=True)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     for _ in range(3):
