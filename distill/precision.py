@@ -38,13 +38,14 @@ class Masters:
     """fp32 weights of the parameters of a module that train, by name; sharded ones are sharded alike.
 
     An optimiser moves them; `collect` brings them the gradients of a backward, `publish` rounds them into the
-    module.  A parameter that is fp32 already is its own master.
+    module.  They, and gradients, moments and averages with them, are on `device`, None: the module's.  A
+    parameter that is there in fp32 already is its own master.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, device: torch.device | None = None):
         self.module = module
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-        self.weights = {name: _master(weight) for name, weight in trained.items()}
+        self.weights = {name: _master(weight, device or weight.device) for name, weight in trained.items()}
         pairs = zip(trained.values(), self.weights.values(), strict=True)
         self.rounded = [(weight, master) for weight, master in pairs if weight is not master]
         for weight, master in self.rounded:
@@ -71,8 +72,10 @@ class Masters:
         return self.module.state_dict() | self.weights
 
 
-def _master(weight: nn.Parameter) -> nn.Parameter:
-    return weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+def _master(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if (weight.dtype, weight.device) == (torch.float32, device):
+        return weight
+    return nn.Parameter(weight.detach().to(device, torch.float32))
 
 
 def _add(weight: Tensor, *, master: Tensor) -> None:

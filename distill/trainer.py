@@ -22,6 +22,7 @@ from distill.sharding import whole
 from distill.tracking import Tracker
 from turbodiffusion import checkpoints
 from turbodiffusion.errors import UserError
+from turbodiffusion.parallel import started
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
     save_every: int = 1000
     preview_every: int = 1000
     async_save: bool = False
+    offload: bool = False  # fp32 weights, moments and averages live in the host's memory, and move there
 
     def __post_init__(self) -> None:
         counts = ("steps", "accumulate", "log_every", "save_every", "preview_every")
@@ -52,6 +54,8 @@ class Plan:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UserError(f"max_minutes={self.max_minutes} must be more than 0, or null for no limit")
+        if self.offload and started()[1] > 1:  # whose NCCL sums and gathers nothing on a host
+            raise UserError("offload=true is for one process; several have less to hold each with shard=")
 
     def progress(self, state: TrainState) -> float:
         """Share of the run that is done."""
@@ -77,7 +81,8 @@ class Trainer:
     ):
         self.objective, self.data, self.outcome = parts.objective, parts.data, parts.outcome
         self.plan, self.folder, self.context = plan, folder, parts.context
-        self.masters = {role: Masters(network) for role, network in self.objective.networks.items()}
+        home = torch.device("cpu") if plan.offload else None
+        self.masters = {role: Masters(net, home) for role, net in self.objective.networks.items()}
         self.optims = {role: optims.get(role, optims["default"]) for role in self.masters}
         self.device = next(next(iter(self.objective.networks.values())).parameters()).device
         self.averages = {

@@ -4,7 +4,7 @@
     python -m tools.plan experiment=rcm_wan14b gpus=64 size=720p card=h200 context=8 accumulate=4
 
 gpus: in all, `node` of them a machine; memory: GiB of a card.  shard, context and remat are tried in all ways
-unless given.  Further words are train.py's: data.frames=21 (latent), batch=, attention.ratio=.  Nothing is
+unless given.  Further words are train.py's: data.frames=21 (latent), batch=, offload=true.  Nothing is
 allocated: networks are built on the meta device; tools/plan_cost.py says what is counted, and by what rates.
 
 The second table: a rank's GiB at the peak and of activations, and its tokens; all clips of a step; GB that a
@@ -92,6 +92,8 @@ def described(options: Options, words: list[str]) -> Run:
         raise UserError(f"experiment={options.experiment} is no distillation: nothing else can be planned")
     if config.precision != "bfloat16":
         raise UserError(f"precision={config.precision}: only bfloat16 is planned")
+    if config.offload and options.gpus > 1:
+        raise UserError(f"offload=true is for gpus=1, not {options.gpus}: several have less to hold each")
     names = [name for part, name in TEACHERS.items() if part in options.experiment]
     if options.variant is None and not names:
         raise UserError(f"experiment={options.experiment} does not say its teacher: add variant=")
@@ -110,6 +112,7 @@ def described(options: Options, words: list[str]) -> Run:
         tokens=frames * (size.height // pixels) * (size.width // pixels),
         batch=config.batch,
         accumulate=config.accumulate,
+        offload=config.offload,
     )
 
 
@@ -252,6 +255,8 @@ def report(options: Options, words: list[str], console: Console) -> None:
     console.print(table_of_states(chosen))
     console.print(table_of_settings(options, estimates, chosen))
     console.print(command(options, chosen.setting, words), soft_wrap=True, markup=False, highlight=False)
+    if chosen.run.offload:
+        console.print(f"Masters, moments, averages and gradients: {chosen.host / GIB:.0f} GiB of the host's.")
     if chosen.loading > USABLE * options.memory * GIB:
         console.print(
             f"It will not start: before they are sharded, a rank holds two networks whole, "

@@ -23,6 +23,8 @@ KEPT_WITH = {"block": 2, "keep_attention": 6}
 KEPT_BY_SPARSE = 4
 # an optimiser's step with all around it reads and writes so many bytes a parameter
 UPDATE = 60
+# bytes a second to and from a host's memory and in it, with offload: assumed, not measured
+TO_HOST, IN_HOST = 8e9, 100e9
 
 
 class Card(NamedTuple):
@@ -114,6 +116,7 @@ class Run:
     tokens: int  # of a clip
     batch: int
     accumulate: int
+    offload: bool = False  # to the host: all that trains but the weights of passes
 
     @property
     def clips(self) -> int:
@@ -168,15 +171,24 @@ class Estimate:
         for turn in run.turns:
             trained = run.roles[turn.role].trained / shard
             # distill.precision.Masters.collect: a step's first are in bf16 until their backward ends
-            earlier = 4 * trained if turn.losses * run.accumulate > 1 else 0
+            whole = 0 if run.offload else 4 * trained
+            earlier = whole if turn.losses * run.accumulate > 1 else 0
             copied = 4 * trained if shard == 1 and self.cards > 1 else 0
             stages += [
                 {"gradients": earlier, "activations": kept + block, "gathered": gathered},
                 {"gradients": 2 * trained, "activations": block, "gathered": gathered},
-                {"gradients": 4 * trained + copied, "activations": 0, "gathered": 0},
+                {"gradients": whole + copied, "activations": 0, "gathered": 0},
             ]
-        states = sum(sum(role.state().values()) for role in run.roles.values()) / shard
-        return {"states": states, **max(stages, key=lambda stage: sum(stage.values()))}
+        states = [role.state() for role in run.roles.values()]
+        held = sum(state["weights"] if run.offload else sum(state.values()) for state in states)
+        return {"states": held / shard, **max(stages, key=lambda stage: sum(stage.values()))}
+
+    @property
+    def host(self) -> int:
+        """Bytes of a host's memory that offload takes, a step's gradients with them."""
+        roles = self.run.roles.values()
+        states = sum(sum(role.state().values()) - role.state()["weights"] for role in roles)
+        return states + 4 * max(role.trained for role in roles)
 
     @property
     def loading(self) -> int:
@@ -212,7 +224,10 @@ class Estimate:
         summed = (sent["gathers"] + sent["gradients"]) / self.link(shard)
         summed += sent["replicas"] / self.link(self.cards // shard, apart=shard)
         together = max(computing, summed) if hides and shard > 1 else computing + summed
-        updated = UPDATE * self.run.roles[turn.role].trained / shard / (OF_MEMORY * self.card.memory)
+        updated = UPDATE / (OF_MEMORY * self.card.memory)
+        if self.run.offload:  # a gradient in bf16 for every backward, then the weight
+            updated = UPDATE / IN_HOST + 2 * (turn.losses * self.run.accumulate + 1) / TO_HOST
+        updated *= self.run.roles[turn.role].trained / shard
         return together + sent["exchanges"] / self.link(context) + updated
 
     def computing(self, turn: Turn) -> float:

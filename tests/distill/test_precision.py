@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from distill.ema import PowerEMA
 from distill.objective import nothing
 from distill.precision import AT_ONCE, Masters, lower, stored
 from distill.sharding import mesh, shard
@@ -49,6 +50,39 @@ def test_gradients_of_two_backwards_add_up_in_fp32():
     for master, first, second in zip(masters.weights.values(), *parts, strict=True):
         assert torch.equal(master.grad, first + second)
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_what_trains_lives_where_it_is_sent():
+    module = lower(make(), torch.bfloat16, is_norm)
+    masters = Masters(module, torch.device("meta"))
+    average = PowerEMA(masters, 0.1)
+    for _ in range(2):  # the first's wait for `collect`, the second's do not
+        module(torch.randn(3, 8).bfloat16()).float().sum().backward()
+        masters.collect()
+        assert all(p.grad is None for p in module.parameters())
+    grads = [master.grad for master in masters.weights.values()]
+    for each in (*masters.weights.values(), *grads, *average.weights.values()):
+        assert (each.device.type, each.dtype) == ("meta", torch.float32)
+
+
+@pytest.mark.gpu
+def test_masters_on_the_host_see_and_give_the_same_bits():
+    seen = []
+    for device in (None, torch.device("cpu")):
+        module = lower(make(), torch.bfloat16, is_norm).cuda()
+        first, norm, last = module
+        masters, rng = Masters(module, device), torch.Generator().manual_seed(0)
+        for _ in range(2):
+            x = first(torch.randn(3, 8, generator=rng).cuda().bfloat16())
+            last(norm(x.float()).bfloat16()).sum().backward()
+            masters.collect()
+        for master in masters.weights.values():
+            # one exact product and one sum, which all devices round alike
+            master.data.add_(master.grad / 8)
+        masters.publish()
+        seen.append([x.cpu() for m in masters.weights.values() for x in (m, m.grad)])
+        seen[-1] += [weight.cpu() for weight in module.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:Expected a tensor")  # the input has no gradient

@@ -112,6 +112,19 @@ def test_another_optimiser_can_not_go_on(
         toy(**after)
 
 
+def test_offload_changes_nothing_on_the_cpu(toy: Make):
+    here, there = toy("here"), toy("there", offload=True)
+    for trainer in (here, there):
+        trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(weights(here), weights(there), strict=True))
+
+
+def test_offload_is_refused_where_several_processes_were_started(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"offload=true is for one process; .* shard="):
+        Plan(steps=1, offload=True)
+
+
 def test_first_moments_that_are_not_wanted_are_left_behind(toy: Make):
     before = toy()
     before.fit()

@@ -267,6 +267,15 @@ def test_sharding_shares_states_and_context_activations() -> None:
     assert shared.activations["kept"] == alone.activations["kept"] / 4
 
 
+def test_offload_leaves_the_weights_of_passes_on_the_card() -> None:
+    made, count = estimate((*RCM_14, "offload=true"), "block"), PARAMETERS["rcm_wan14b"]
+    # in bf16, of three networks
+    assert made.memory["states"] == 6 * count
+    # in fp32: the student's master, second moment and average, the critic's first two, gradients of one
+    assert made.host == (12 + 8 + 4) * count
+    assert made.memory["states"] + made.host - 4 * count == estimate(RCM_14, "block").memory["states"]
+
+
 def test_across_machines_replicas_have_the_network_alone() -> None:
     apart = estimate(RCM_1, "block", shard=8, cards=16)
     assert apart.link(8) / apart.link(2, apart=8) == H200.nvlink / H200.network
@@ -278,6 +287,11 @@ def test_it_says_what_fits_and_how_to_start_it(run: Call) -> None:
     assert "torchrun --nnodes=2" in said
     assert "train.py experiment=rcm_wan14b" in said
     assert "batch=1 shard=" in said
+
+
+def test_it_says_what_offload_takes_of_the_host(run: Call) -> None:
+    _, said = run(plan, "experiment=rcm_wan1_3b", "gpus=1", "memory=24", "offload=true")
+    assert "32 GiB of the host's" in said
 
 
 def test_it_warns_where_networks_do_not_load_whole(run: Call) -> None:
@@ -317,6 +331,7 @@ def test_the_page_quotes_the_planner(row: tuple[str, ...]) -> None:
         (["experiment=rcm_wan1_3b", "gpus=8", "card=b200"], "choose h100, h200, a100"),
         (["experiment=rcm_wan1_3b", "gpus=8", "remat=all"], "choose none, block, keep_attention"),
         (["experiment=rcm_wan1_3b", "gpus=8", "precision=float32"], "only bfloat16"),
+        (["experiment=rcm_wan1_3b", "gpus=8", "offload=true"], "offload=true is for gpus=1"),
         (["experiment=teacher_tiny", "gpus=8"], "no distillation"),
         (["experiment=rcm_tiny", "gpus=8", "device=cuda"], "add variant="),
         (["experiment=rcm_wan1_3b"], "gpus= must be given"),

@@ -72,6 +72,7 @@ class Options(Network):
     layers: int | None = None
     shard: int = 1
     context: int = 1
+    offload: bool = False
 
 
 class Timed:
@@ -107,7 +108,7 @@ def machine(options: Options, mode: str) -> Hardware:
 
 def trainer(options: Options, mode: str, example: Example, clock: Clock, folder: Path) -> Trainer:
     """Of networks that begin as one, as the experiment would be run."""
-    words = [f"experiment={options.experiment}", "tangent_warmup=0"]
+    words = [f"experiment={options.experiment}", "tangent_warmup=0", f"offload={options.offload}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", words)
     row, device = shortened(variant(options.variant), options.layers), example.latents.device
