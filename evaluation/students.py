@@ -236,8 +236,9 @@ def measure(options: Options) -> Iterator[Row]:
     others = replace(questions, seeds=[seed + len(questions.seeds) for seed in questions.seeds])
     yield Row("teacher, other noise", options.teacher_steps, share, files, [scores(teacher, others)])
     for steps in options.steps:
-        runs = [scores(pipeline(models.network, sampling, steps))]
-        yield Row("teacher", steps, share, files, runs)
+        if steps != options.teacher_steps:
+            runs = [scores(pipeline(models.network, sampling, steps))]
+            yield Row("teacher", steps, share, files, runs)
     for name, loaded in students.items():
         files, share = [str(each.report.path) for each in loaded], left_out(loaded[0].network)
         for steps in options.steps:

@@ -49,25 +49,28 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_copy_of_the_teacher_scores_as_the_teacher(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(f"ckpts=[copy:{TEACHER},{TEACHER}]", f"dst={tmp_path / 'out'}", *TINY) == 0
+    assert call(f"ckpts=[copy:{TEACHER},{TEACHER}]", f"dst={tmp_path / 'out'}", *TINY, "steps=[1,2]") == 0
     table = (tmp_path / "out" / "students.md").read_text()
     assert capsys.readouterr().out == table
     written = json.loads((tmp_path / "out" / "students.json").read_text())
     assert written["options"]["count"] == 1
-    teacher, other, few, copy = written["rows"]
-    assert [row["model"] for row in (teacher, other, few, copy)] == [
-        "teacher",
-        "teacher, other noise",
-        "teacher",
-        "copy",
+    teacher, other, more, copy, copy_more = written["rows"]
+    assert [(row["model"], row["steps"]) for row in written["rows"]] == [
+        ("teacher", 1),
+        ("teacher, other noise", 1),
+        ("teacher", 2),  # at one step it is above
+        ("copy", 1),
+        ("copy", 2),
     ]
     assert len(copy["runs"]) == 2
-    for scores in (*teacher["runs"], *few["runs"], *copy["runs"]):
+    untimed = [{**run, "seconds": 0} for run in (*more["runs"], *copy_more["runs"])]
+    assert untimed == 3 * untimed[:1]
+    for scores in (*teacher["runs"], *copy["runs"]):
         assert (scores["latent_mse"], scores["diversity"], scores["distance"]) == (0, 1, None)
         assert scores["background"] == teacher["runs"][0]["background"]
     assert other["runs"][0]["latent_mse"] > 0.01  # of latents of variance 1 or so
     assert other["runs"][0]["diversity"] != 1
-    assert len(table.splitlines()) == 6
+    assert len(table.splitlines()) == 7
     assert "1.000 ± 0.000" in table.splitlines()[-1]
 
 
