@@ -105,14 +105,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the plan is fulfilled or Ctrl-C, then save."""
-        before, started = self.state.seconds, time.perf_counter()
+        before, begun = self.state.seconds, time.perf_counter()
         if self.state.step:
             self.log.say(f"{self.folder} goes on from step {self.state.step}")
         stop = False
         with self.log, Interrupt() as interrupt:
             while not (stop or self._is_done()):
                 self.update()
-                stop = self._agree(before + time.perf_counter() - started, interrupt.requested)
+                stop = self._agree(before + time.perf_counter() - begun, interrupt.requested)
                 self.saver.check()
                 if not self._is_done():
                     self._on_the_way()

@@ -12,6 +12,7 @@ from torch import Tensor
 from turbodiffusion.errors import UserError
 from turbodiffusion.pipelines.conditioning import prepare
 from turbodiffusion.pipelines.sizes import Size
+from turbodiffusion.pipelines.video_io import decoder
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 SLOWEST = 0.9  # of the rate asked for; a slower video would show frames twice
@@ -59,6 +60,7 @@ def read_clip(path: Path, frames: int, fps: float, size: Size) -> Tensor:
     UserError if the file is no video, too short or too slow.
     """
     picked: list[Tensor] = []
+    pixels_of = decoder()
     try:
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
@@ -68,8 +70,7 @@ def read_clip(path: Path, frames: int, fps: float, size: Size) -> Tensor:
             wanted = Counter(round(i * rate / fps) for i in range(frames))
             for number, frame in enumerate(islice(file.decode(stream), max(wanted) + 1)):
                 if wanted[number]:
-                    pixels = frame.to_ndarray(format="rgb24", src_colorspace=frame.colorspace)
-                    fitted = prepare(_cut(torch.from_numpy(pixels).permute(2, 0, 1), size), size)
+                    fitted = prepare(_cut(pixels_of(frame).permute(2, 0, 1), size), size)
                     picked += [fitted] * wanted[number]
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"{path} can not be read as a video: {error}") from error

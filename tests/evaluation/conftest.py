@@ -1,5 +1,6 @@
-"""Videos made on the spot."""
+"""Videos made on the spot, and commands called as their users call them."""
 
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -9,8 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from evaluation.command import run
 from evaluation.prompts import Prompt
 from evaluation.videos import Footage, Video
+
+ExitCode = Callable[..., int]
+
+
+@pytest.fixture
+def exit_code(monkeypatch: pytest.MonkeyPatch) -> ExitCode:
+    """A command's options and its task, and words -> what it ends with."""
+
+    def called(kind: type, task: Callable[..., object], *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        try:
+            run(kind, task)
+        except SystemExit as stopped:
+            return int(stopped.code)
+        return 0
+
+    return called
 
 
 @pytest.fixture

@@ -10,24 +10,16 @@ from pathlib import Path
 import pytest
 
 from evaluation.__main__ import Options, evaluate
-from evaluation.command import run
 from evaluation.vbench import T2V
+from tests.evaluation.conftest import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = ("results.json", "records.jsonl", "report.md", "report.html", "eval_results.json")
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def called(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluation", *words, "device=cpu"])
-        try:
-            run(Options, evaluate)
-        except SystemExit as stopped:
-            return int(stopped.code)
-        return 0
-
-    return called
+def call(exit_code: ExitCode) -> Callable[..., int]:
+    return lambda *words: exit_code(Options, evaluate, *words, "device=cpu")
 
 
 def test_a_folder_is_scored(folder: Path, tmp_path: Path, call: Callable[..., int]) -> None:

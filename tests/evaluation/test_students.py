@@ -1,17 +1,18 @@
 """The table of students: a copy of the teacher must score like the teacher."""
 
 import json
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from evaluation import students
-from evaluation.command import run
 from evaluation.oracle import Reading
 from evaluation.small_world import load_models
 from evaluation.students import Answers, Questions, Row, Scores, groups, load_students, score
+from tests.evaluation.conftest import ExitCode
 from turbodiffusion.checkpoints import load_network, save
 from turbodiffusion.models.int8 import Int8Linear
 from turbodiffusion.models.wan import WanModel
@@ -31,23 +32,18 @@ TINY = (
 )
 
 
-def call(*words: str) -> int:
-    sys.argv[1:] = words
-    try:
-        run(students.Options, students.report)
-    except SystemExit as stopped:
-        return int(stopped.code)
-    return 0
-
-
 @pytest.fixture(autouse=True)
-def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["students"])
+
+
+@pytest.fixture
+def call(exit_code: ExitCode) -> Callable[..., int]:
+    return partial(exit_code, students.Options, students.report)
 
 
 def test_a_copy_of_the_teacher_scores_as_the_teacher(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(f"ckpts=[copy:{TEACHER},{TEACHER}]", f"dst={tmp_path / 'out'}", *TINY, "steps=[1,2]") == 0
     table = (tmp_path / "out" / "students.md").read_text()
@@ -86,7 +82,11 @@ def test_a_copy_of_the_teacher_scores_as_the_teacher(
     ],
 )
 def test_wrong_input_is_one_sentence(
-    words: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    part: str,
+    call: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     network = WanModel(dim=128, ffn_dim=64, heads=1, layers=1)
     variant = "wan2.1_t2v_1.3b"

@@ -9,7 +9,6 @@ card's answer on the same weights.  layers: fewer than the variant's, if all do 
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from tools.bench.forward import Options as Forward
 from tools.bench.forward import attend, latent_size, network_inputs, random_network, shortened, twin
 from tools.bench.timing import sizes
 from tools.bench.vae import ALLOWED, random_vae
-from tools.options import parse
-from turbodiffusion.cli import one_sentence
+from tools.options import run
 from turbodiffusion.errors import UserError
 from turbodiffusion.parallel import joined, neighbours, own_device, split_rows, split_tokens, started
 from turbodiffusion.pipelines.generate import latent_shape
@@ -122,16 +120,17 @@ def _time(call: Callable[[], Tensor], repeats: int, device: torch.device) -> tup
     return statistics.median(seconds[1:]), peak / 2**30
 
 
-def main() -> None:
-    """Join, build, time, print."""
-    with one_sentence():
-        options, (rank, cards) = parse(Options, sys.argv[1:]), started()
-        if cards == 1:
-            raise UserError("this times several processes: start it by torchrun --nproc-per-node=2 -m")
-        device = own_device(torch.device(options.device))
-        with joined(device):
-            report(options, device, cards, Console(width=150, quiet=rank > 0))
+def start(options: Options) -> None:
+    """Join the others, build, time, print."""
+    rank, cards = started()
+    if cards == 1:
+        raise UserError("this times several processes: start it by torchrun --nproc-per-node=2 -m")
+    device = own_device(torch.device(options.device))
+    with joined(device):
+        report(options, device, cards, Console(width=150, quiet=rank > 0))
 
+
+main = partial(run, Options, start)
 
 if __name__ == "__main__":
     main()

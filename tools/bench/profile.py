@@ -6,9 +6,9 @@ Options are those of `python -m tools.bench`, with random weights too.  What it 
 stage's seconds, less the sum of its kernels, are what the card spent waiting.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -18,8 +18,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from tools.bench.generation import PROMPT, Options, build, change, random_models, ways
-from tools.options import parse
-from turbodiffusion.cli import one_sentence
+from tools.options import run
 from turbodiffusion.pipelines.generate import Clip
 from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.pipelines.watch import Watch
@@ -35,13 +34,13 @@ class Profiled(Options):
     rows: int = 25
 
 
-def show(stage: str, run: Callable[[], object], options: Profiled, console: Console) -> None:
+def show(stage: str, work: Callable[[], object], options: Profiled, console: Console) -> None:
     """Run a stage and print its kernels, the longest first."""
     device = torch.device(options.device)
     kind = ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA
     with profile(activities=[kind]) as profiler:
         start = perf_counter()
-        run()
+        work()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         spent = perf_counter() - start
@@ -57,22 +56,22 @@ def show(stage: str, run: Callable[[], object], options: Profiled, console: Cons
 
 
 @torch.no_grad()
-def main() -> None:
+def report(options: Profiled) -> None:
     """Make one video to warm up, and look at the next."""
-    with one_sentence():
-        options, console = parse(Profiled, sys.argv[1:]), Console(width=120)
-        row = variant(options.variant)
-        models = random_models(row, torch.device(options.device))
-        change(models, ways(options)[-1], options)
-        pipeline = build(models, row, options)
-        clip = Clip(prompts=[PROMPT], size=Size(*map(int, options.size.split("x"))), frames=options.frames)
-        watch = Watch(pipeline.device)
-        noise, encoded = pipeline.noise(clip, [0]), pipeline.encode(clip, watch)
-        latents = pipeline.denoise(encoded, [0], watch, noise)
-        pipeline.decode(latents, watch)
-        show("denoise", lambda: pipeline.denoise(encoded, [0], watch, noise), options, console)
-        show("decode", lambda: pipeline.decode(latents, watch), options, console)
+    row, console = variant(options.variant), Console(width=120)
+    models = random_models(row, torch.device(options.device))
+    change(models, ways(options)[-1], options)
+    pipeline = build(models, row, options)
+    clip = Clip(prompts=[PROMPT], size=Size(*map(int, options.size.split("x"))), frames=options.frames)
+    watch = Watch(pipeline.device)
+    noise, encoded = pipeline.noise(clip, [0]), pipeline.encode(clip, watch)
+    latents = pipeline.denoise(encoded, [0], watch, noise)
+    pipeline.decode(latents, watch)
+    show("denoise", lambda: pipeline.denoise(encoded, [0], watch, noise), options, console)
+    show("decode", lambda: pipeline.decode(latents, watch), options, console)
 
+
+main = partial(run, Profiled, report)
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -51,7 +50,7 @@ def growing_video(path: Path, *, fps: float, crf: int) -> Iterator[Take]:
         codec.thread_count = _THREADS
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries = codec.color_trc = _BT709
-        reformatter = VideoReformatter()  # a frame's own prepares itself anew: five times the work
+        reformatter = VideoReformatter()  # as in decoder
 
         def append(pixels: Tensor) -> None:
             if not codec.is_open:
@@ -102,15 +101,23 @@ def _fetch(frames: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
+def decoder() -> Callable[[av.VideoFrame], Tensor]:
+    """What makes pixels (H, W, 3) uint8 of each frame of a file."""
+    reformatter = VideoReformatter()  # a frame's own prepares itself anew: five times the work
+
+    def decoded(frame: av.VideoFrame) -> Tensor:
+        rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=frame.colorspace)
+        return torch.from_numpy(rgb.to_ndarray())
+
+    return decoded
+
+
 def read_video(path: Path) -> tuple[Tensor, float]:
     """A video file -> pixels (F, H, W, 3) uint8 and its frames per second."""
     with av.open(str(path)) as file:
-        stream, reformatter = file.streams.video[0], VideoReformatter()
-        frames = [
-            reformatter.reformat(frame, format="rgb24", src_colorspace=frame.colorspace).to_ndarray()
-            for frame in file.decode(stream)
-        ]
-        return torch.from_numpy(np.stack(frames)), float(stream.average_rate)
+        stream = file.streams.video[0]
+        frames = [*map(decoder(), file.decode(stream))]
+        return torch.stack(frames), float(stream.average_rate)
 
 
 def write_picture(path: Path, pixels: Tensor) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from evaluation.__main__ import Options, evaluate
 from evaluation.backbones.weights import WEIGHTS
-from evaluation.command import run
 from evaluation.metrics.upstream import DETECTED
 from evaluation.vbench import T2V
+from tests.evaluation.conftest import ExitCode
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -162,19 +162,10 @@ def words(tmp_path: Path, interpreter: str, write_lossless: Callable[[Path, Tens
 
 
 @pytest.fixture
-def call(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+def call(words: list[str], tmp_path: Path, exit_code: ExitCode, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs the command with other options on top -> exit code."""
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
-
-    def called(*others: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluation", *words, *others])
-        try:
-            run(Options, evaluate)
-        except SystemExit as stopped:
-            return int(stopped.code)
-        return 0
-
-    return called
+    return lambda *others: exit_code(Options, evaluate, *words, *others)
 
 
 def written(tmp_path: Path, name: str) -> dict:
