@@ -32,6 +32,8 @@ from turbodiffusion.pipelines.sizes import Size
 from turbodiffusion.variants import Variant, variant
 
 Call = Callable[[], Tensor]
+# of a forward, relative: bf16 rounds at 0.4 %, here and there otherwise where products are cut elsewhere
+FORWARD_ALLOWED = 3e-2
 
 
 @dataclass
@@ -45,12 +47,13 @@ class Options(Forward):
 @torch.no_grad()
 def report(options: Options, device: torch.device, cards: int, console: Console) -> None:
     """Every row of the part."""
-    parts = {"forward": forwards, "vae": coding}
+    parts = {"forward": (forwards, FORWARD_ALLOWED), "vae": (coding, ALLOWED)}
     if options.part not in parts:
         raise UserError(f"part={options.part} is not one of {', '.join(parts)}")
+    rows, allowed = parts[options.part]
     torch.manual_seed(0)  # the same weights and inputs everywhere
-    for label, alone, shared in parts[options.part](options, variant(options.variant), device):
-        _check(alone(), shared())
+    for label, alone, shared in rows(options, variant(options.variant), device):
+        _check(alone(), shared(), allowed)
         spent, peak = _time(alone, options.repeats, device)
         together, their_peak = _time(shared, options.repeats, device)
         console.print(
@@ -94,10 +97,9 @@ def coding(options: Options, row: Variant, device: torch.device) -> Iterator[tup
             )
 
 
-def _check(alone: Tensor, shared: Tensor) -> None:
+def _check(alone: Tensor, shared: Tensor, allowed: float) -> None:
     error = ((shared - alone).norm() / alone.norm()).item()
-    # bf16 rounds at 0.4 %, here and there otherwise where products are cut elsewhere
-    if not error < ALLOWED:
+    if not error < allowed:
         raise UserError(f"what is shared differs from one card's answer by {error:.3f}: not timed")
 
 
